@@ -1,0 +1,1 @@
+"""The commands: what a person or `ray job submit` starts."""

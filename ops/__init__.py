@@ -1,0 +1,1 @@
+"""Array mathematics of hardset: arrays and tensors in, arrays and tensors out."""

@@ -1,0 +1,1 @@
+"""Ray Data and Ray Train stages over shards and run directories."""
