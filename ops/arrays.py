@@ -44,8 +44,8 @@ def as_ndarray(x: Array) -> Array:
 
 
 def to_numpy(x: Array) -> np.ndarray:
-    """`x` on the host, as a numpy array."""
-    x = as_ndarray(x)
+    """`x` on the host, as a numpy array (bfloat16 becomes float32)."""
+    x = as_ndarray(x.cpu() if isinstance(x, torch.Tensor) else x)
     return x if isinstance(x, np.ndarray) else np.asarray(x.get() if hasattr(x, "get") else x)
 
 

@@ -3,7 +3,7 @@
 They work on numpy, torch and cupy arrays alike. Broadcasting is never silent: a (n, 1) against a (n,) is an error.
 """
 
-from ops.arrays import Array
+from ops.arrays import Array, as_ndarray
 
 
 def check_matrix(name: str, x: Array, columns: int | None = None) -> None:
@@ -26,6 +26,29 @@ def check_labels(name: str, labels: Array, length: int, num_classes: int) -> Non
     low, high = int(labels.min()), int(labels.max())
     if low < 0 or high >= num_classes:
         raise ValueError(f"{name}: values must lie in [0, {num_classes}), found {low if low < 0 else high}")
+
+
+def check_probabilities(name: str, probs: Array) -> None:
+    """`probs` must be (n, K) with entries in [0, 1] and rows that sum to 1.
+
+    One tolerance for every dtype, 0.01 on the sums: rounding to bfloat16 moves a row by up to 0.004.
+    """
+    check_matrix(name, probs)
+    for start in range(0, probs.shape[0], 65536):  # blocks, so that float64 sums of a large matrix cost nothing
+        block = as_ndarray(probs[start : start + 65536])
+        low, high = float(block.min()), float(block.max())
+        if low < 0 or high > 1 + 1e-6:
+            raise ValueError(f"{name}: probabilities must lie in [0, 1], found {low if low < 0 else high} (logits?)")
+        worst = float(abs(block.sum(axis=1, dtype="float64") - 1).max())
+        if worst > 0.01:
+            raise ValueError(f"{name}: each row must sum to 1, shape {tuple(probs.shape)}, one is off by {worst:.3g}")
+
+
+def check_zero_one(name: str, x: Array, length: int | None = None) -> None:
+    """`x` must be a non-empty 1-D array of zeros and ones (or booleans), of `length` values if that is given."""
+    check_vector(name, x, length)
+    if not bool(((x == 0) | (x == 1)).all()):
+        raise ValueError(f"{name}: expected only 0 and 1 (or booleans), shape {tuple(x.shape)}")
 
 
 def check_no_nan(name: str, x: Array) -> None:
