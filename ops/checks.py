@@ -8,19 +8,19 @@ from ops.arrays import Array, as_ndarray
 
 def check_matrix(name: str, x: Array, columns: int | None = None) -> None:
     """`x` must be a non-empty 2-D array of finite-or-infinite floats (no NaN), `columns` wide if that is given."""
-    _check_shape(name, x, ("n", "K" if columns is None else columns))
+    check_shape(name, x, ("n", "K" if columns is None else columns))
     check_no_nan(name, x)
 
 
 def check_vector(name: str, x: Array, length: int | None = None) -> None:
     """`x` must be a non-empty 1-D array without NaN, of `length` values if that is given."""
-    _check_shape(name, x, ("n" if length is None else length,))
+    check_shape(name, x, ("n" if length is None else length,))
     check_no_nan(name, x)
 
 
 def check_labels(name: str, labels: Array, length: int, num_classes: int) -> None:
     """`labels` must be `length` integers in [0, `num_classes`)."""
-    _check_shape(name, labels, (length,))
+    check_shape(name, labels, (length,))
     if not _is_integer(labels):
         raise ValueError(f"{name}: expected integers, got dtype {labels.dtype}")
     low, high = int(labels.min()), int(labels.max())
@@ -69,7 +69,8 @@ def check_choice(name: str, value: str, choices: tuple[str, ...] | list[str]) ->
         raise ValueError(f"{name}: must be one of {', '.join(choices)}, got {value!r}")
 
 
-def _check_shape(name: str, x: Array, expected: tuple[int | str, ...]) -> None:
+def check_shape(name: str, x: Array, expected: tuple[int | str, ...]) -> None:
+    """`x` must be a non-empty array of this shape; a string in `expected` stands for any length."""
     shape = getattr(x, "shape", None)
     if shape is None:
         raise ValueError(f"{name}: expected an array of shape {_spell(expected)}, got {type(x).__name__}")
