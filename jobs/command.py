@@ -1,0 +1,140 @@
+"""What every command is made of: dataclasses of options -> flags, YAML and --help; one result, one exit status.
+
+Status 0: done. 2: the user's mistake, one line that names the option or file. 1: a stage failed, the line says what is kept.
+"""
+
+import dataclasses
+import json
+import os
+import signal
+import sys
+import typing
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+from docstring_parser import parse_from_object
+from jsonargparse import ActionConfigFile, ArgumentParser
+
+Body = Callable[..., dict[str, Any]]
+
+
+class OneLineParser(ArgumentParser):
+    """jsonargparse's parser with errors of one line and exit status 2."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        text = " ".join(str(message).split()).replace("Parser key ", "option ")
+        sys.stderr.write(f"{self.prog}: error: {text} (see {self.prog} --help)\n")
+        raise SystemExit(2)
+
+
+@dataclasses.dataclass(frozen=True)
+class Command:
+    """A command: its name, the groups of options that it takes, and the function that is called with them in that order.
+
+    The function returns what `--json` prints: counts, seconds, paths, metrics.
+    """
+
+    name: str
+    summary: str
+    groups: tuple[type, ...]
+    body: Body
+
+    def main(self, argv: Sequence[str] | None = None) -> int:
+        """Parse, run, report; returns the exit status."""
+        options = self.parse(sys.argv[1:] if argv is None else list(argv))
+        # A job that is stopped gets SIGTERM: leave through the same door as Ctrl-C, so that Ray and MLflow are closed.
+        before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+        try:
+            return self._run(options)
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+    def parse(self, argv: list[str]) -> list[Any]:
+        """One instance of each group, from flags over a YAML file over defaults. SystemExit(2) on a mistake."""
+        parser = OneLineParser(prog=f"hardset {self.name}", description=self.summary)
+        parser.add_argument("--config", action=ActionConfigFile, help="YAML file of these options; flags override it")
+        for group in self.groups:
+            _add_options(parser, group)
+        values = parser.parse_args([_dashed(word) for word in argv])
+        try:
+            return [
+                group(**{f.name: getattr(values, f.name) for f in dataclasses.fields(group)}) for group in self.groups
+            ]
+        except ValueError as error:
+            parser.error(str(error))
+
+    def _run(self, options: list[Any]) -> int:
+        from pipelines.run import StageFailed
+
+        try:
+            result = self.body(*options)
+        except KeyboardInterrupt:
+            return self._fail(1, "stopped; finished shards are kept, the same command goes on from there")
+        except Exception as error:
+            cause = _root_cause(error)
+            if isinstance(cause, StageFailed):
+                return self._fail(1, str(cause))
+            if isinstance(cause, ValueError) and not os.environ.get("HARDSET_TRACEBACK"):
+                return self._fail(2, f"error: {cause}")
+            if isinstance(cause, OSError) and not os.environ.get("HARDSET_TRACEBACK"):
+                return self._fail(1, f"{type(cause).__name__}: {cause}; finished shards are kept")
+            raise
+        if any(getattr(group, "json", False) for group in options):
+            print(json.dumps(result, default=_plain), flush=True)
+        return 0
+
+    def _fail(self, status: int, message: str) -> int:
+        sys.stderr.write(f"hardset {self.name}: {' '.join(message.split())}\n")
+        return status
+
+
+def say(text: str) -> None:
+    """A line for the person at the terminal."""
+    print(text, flush=True)
+
+
+def _add_options(parser: ArgumentParser, group: type) -> None:
+    """A flag for every field of a dataclass; its help is the docstring under the field."""
+    doc = parse_from_object(group)
+    help_of = {param.arg_name: param.description for param in doc.params}
+    target = parser.add_argument_group(doc.short_description)
+    hints = typing.get_type_hints(group)
+    for field in dataclasses.fields(group):
+        flag, about = "--" + field.name.replace("_", "-"), {"help": help_of.get(field.name)}
+        hint = hints[field.name]
+        if field.default_factory is not dataclasses.MISSING:
+            about["default"] = field.default_factory()
+        elif field.default is not dataclasses.MISSING:
+            about["default"] = field.default
+        else:
+            about["required"] = True
+        if hint is bool:
+            target.add_argument(flag, action="store_true", **about)
+        elif typing.get_origin(hint) is list:
+            target.add_argument(flag, type=typing.get_args(hint)[0], nargs="+", **about)
+        else:
+            target.add_argument(flag, type=hint, **about)
+
+
+def _dashed(word: str) -> str:
+    """--max_bad_fraction=0.1 -> --max-bad-fraction=0.1; values stay as they are."""
+    if not word.startswith("--"):
+        return word
+    flag, equals, value = word.partition("=")
+    return flag.replace("_", "-") + equals + value
+
+
+def _root_cause(error: BaseException) -> BaseException:
+    """The error that a task or an actor met, out of the wrappers that Ray puts around it."""
+    from ray.exceptions import RayTaskError
+
+    while isinstance(error, RayTaskError) and error.cause is not None:
+        error = error.cause
+    return error
+
+
+def _plain(value: Any) -> Any:
+    """numpy scalars and dataclasses for JSON."""
+    if dataclasses.is_dataclass(value):
+        return dataclasses.asdict(value)
+    return value.item() if hasattr(value, "item") else str(value)

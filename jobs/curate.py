@@ -1,0 +1,52 @@
+"""The main job: embed, fit, score, select, report.
+
+hardset curate --shards 'DIR/train-{000000..000049}.tar' --run RUN --encoder open_clip:ViT-B-32/laion2b_s34b_b79k
+"""
+
+import sys
+from collections.abc import Sequence
+
+from jobs import stages
+from jobs.command import Command
+from jobs.options import CorpusOptions, GaussianOptions, RunOptions, SelectOptions, WeightOptions, WorkerOptions
+from jobs.session import ray_session, tracked
+
+
+def curate(
+    options: RunOptions,
+    corpus: CorpusOptions,
+    workers: WorkerOptions,
+    gaussians: GaussianOptions,
+    weights: WeightOptions,
+    selection: SelectOptions,
+) -> dict:
+    """All stages, one after the other; each does only what is missing."""
+    groups = (corpus, workers, gaussians, weights, selection)
+    run = stages.open_run(options, corpus)
+    with tracked("curate", options, *groups) as tracker, ray_session(options):
+        result = {
+            "run": run.uri,
+            "embed": stages.embed(run, workers),
+            "fit": stages.fit(run, gaussians, workers),
+            "score": stages.score(run, weights, workers),
+            "select": stages.select(run, stages.ranked_by_what_is_there(run, selection)),
+        }
+        tracker.metrics(result)
+    return result
+
+
+COMMAND = Command(
+    "curate",
+    __doc__,
+    (RunOptions, CorpusOptions, WorkerOptions, GaussianOptions, WeightOptions, SelectOptions),
+    curate,
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit status."""
+    return COMMAND.main(argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,56 @@
+"""What is in a run: counts, quantiles, quarantine reasons, what is pending.
+
+hardset inspect --run RUN
+"""
+
+import sys
+from collections.abc import Sequence
+
+from jobs.command import Command, say
+from jobs.options import RunOptions
+from pipelines.run import Run
+from pipelines.summary import summarize
+
+
+def inspect(options: RunOptions) -> dict:
+    """Print the summary of a run; reads only."""
+    summary = summarize(Run.open(options.run))
+    if not options.json:
+        _show(summary)
+    return summary
+
+
+def _show(summary: dict) -> None:
+    shards = summary["shards"]
+    say(
+        f"{summary['run']}: {shards['embedded']} of {shards['listed']} shards embedded with {summary['encoder']} (d = {summary['width']})"
+    )
+    say(
+        f"{summary['samples']:,} samples = {summary['rows']:,} rows + {summary['left_out']:,} in quarantine "
+        f"({100 * summary['bad_fraction']:.2f} %), {summary['classes']} classes from {summary['label']}"
+    )
+    for reason, entry in summary["quarantine"].items():
+        say(
+            f"  {entry['count']:>8,} × {reason}  (e.g. shard {entry['example']['shard']}, key {entry['example']['key']!r})"
+        )
+    for group, found in summary["groups"].items():
+        say(f"{group}: {found['shards']} shards")
+        for name, quantiles in found["quantiles"].items():
+            if quantiles:
+                spread = "  ".join(f"{q} {quantiles[q]:.4g}" for q in ("0", "0.05", "0.5", "0.95", "1"))
+                say(f"  {name:<14} quantiles  {spread}  mean {quantiles['mean']:.4g}")
+    for name, entry in summary["stages"].items():
+        seconds = f", {entry['seconds']:.1f} s" if "seconds" in entry else ""
+        say(f"stage {name}: finished {entry['finished']}{seconds}")
+
+
+COMMAND = Command("inspect", __doc__, (RunOptions,), inspect)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit status."""
+    return COMMAND.main(argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,102 @@
+"""Options that several commands share, each a flag, a YAML key and a line of --help."""
+
+import dataclasses
+from typing import Literal
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """Where the run is, and how it is told."""
+
+    run: str
+    """run directory: a local path, s3://bucket/path, or what pyarrow.fs or fsspec opens"""
+    mlflow: str | None = None
+    """MLflow tracking URI, or none (default: MLFLOW_TRACKING_URI, else sqlite in ./mlflow.db)"""
+    json: bool = False
+    """print one JSON object as the last line: counts, seconds, paths, metrics"""
+    ray_address: str = "auto"
+    """a cluster's address, local for a Ray of its own, or auto: RAY_ADDRESS where it is set (as in a Ray job), else local"""
+    ray_cpus: int | None = None
+    """CPU cores of a local Ray (default: all)"""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CorpusOptions:
+    """Which images, their labels, and the encoder. A run that is there remembers them."""
+
+    shards: str | None = None
+    """webdataset shards: quoted braces, globs, a folder, s3://…, a text file of URLs, '::' between sources"""
+    encoder: str | None = None
+    """open_clip:MODEL/TAG, open_clip:MODEL@FILE, timm:NAME, timm:NAME@FILE, pixels:SIZE or module:FILE.py:FACTORY"""
+    label: str = "cls"
+    """cls, json:FIELD, or none for images without labels"""
+    classes: str | None = None
+    """text file of class names, one a line, in the order of the labels; then cls may hold names"""
+    views: int = 1
+    """views per image that the Gaussians are fitted on: the plain one and views - 1 augmented (the paper: 5)"""
+    normalize: bool = False
+    """scale each embedding to unit length"""
+    dtype: Literal["float16", "float32"] = "float32"
+    """precision of stored embeddings"""
+    max_pixels: int = 100_000_000
+    """an image of more pixels than this goes to quarantine undecoded"""
+    overwrite: bool = False
+    """remove what the run holds and start afresh"""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WorkerOptions:
+    """Where it is computed; none of this changes a result."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto takes a GPU where the cluster has one and says so; cuda without a GPU is an error"""
+    workers: int | None = None
+    """embedding actors (default: one per GPU, or one per CPU core)"""
+    batch_size: int = 64
+    """images per forward pass; halved by itself when GPU memory does not suffice"""
+    max_bad_fraction: float = 0.01
+    """fraction of samples in quarantine, in [0, 1], above which the run ends with status 1"""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GaussianOptions:
+    """The Gaussians."""
+
+    gaussians: str | None = None
+    """score with the Gaussians of this other run, fit nothing"""
+    shrinkage: str = "auto"
+    """none, oas, a number in [0, 1], or auto: none where the condition number allows it, else oas"""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WeightOptions:
+    """The difficulty columns."""
+
+    temperature: float = 0.7
+    """T of eq. 10, above 0: smaller = the hardest stand out more"""
+    c: float = 1e-3
+    """c of eq. 10, above 0"""
+    scale: Literal["none", "per_dim", "standardize", "minmax"] = "per_dim"
+    """how rmd is scaled before eq. 10"""
+    kmeans: int | None = None
+    """also write the distance to the nearest of this many k-means centres (a number of clusters)"""
+    seed: int = 0
+    """seed of k-means"""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SelectOptions:
+    """The subset."""
+
+    by: str = "difficulty.rmd"
+    """GROUP.COLUMN that ranks the samples"""
+    top: int | float | None = None
+    """the highest: a fraction in (0, 1] such as 0.1, or a number of samples such as 500 (default 0.1)"""
+    bottom: int | float | None = None
+    """the lowest instead"""
+    per_class: bool = False
+    """take that fraction or number of every class"""
+    name: str = "hard"
+    """folder under subsets/"""
+    samples_per_shard: int = 1000
+    """samples per subset shard, about"""

@@ -1,0 +1,35 @@
+"""A rule over a score column -> a subset of webdataset shards, manifest and card.
+
+hardset select --run RUN --by difficulty.rmd --top 0.1 --per-class --name hard
+"""
+
+import sys
+from collections.abc import Sequence
+
+from jobs import stages
+from jobs.command import Command
+from jobs.options import RunOptions, SelectOptions
+from jobs.session import ray_session, tracked
+from pipelines.run import Run
+
+
+def select(options: RunOptions, selection: SelectOptions) -> dict:
+    """Write the subset, unless it is there and up to date."""
+    run = Run.open(options.run)
+    stages.rule(selection)  # a rule that cannot be is refused before Ray starts
+    with tracked("select", options, selection) as tracker, ray_session(options):
+        result = {"run": run.uri, "select": stages.select(run, selection)}
+        tracker.metrics(result)
+    return result
+
+
+COMMAND = Command("select", __doc__, (RunOptions, SelectOptions), select)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit status."""
+    return COMMAND.main(argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,105 @@
+"""Ray and MLflow around a command: started, used, closed."""
+
+import contextlib
+import dataclasses
+import os
+import pathlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+# Before the first import of Ray: its data plane prints 29 lines per dataset otherwise, and under `uv run` it would
+# start every worker through uv.
+os.environ.setdefault("RAY_DATA_LOG_LEVEL", "WARNING")
+os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+
+import ray
+
+from jobs.options import RunOptions
+
+
+@contextlib.contextmanager
+def ray_session(options: RunOptions) -> Iterator[None]:
+    """A connection to Ray: the one that is there, the cluster asked for, or a local one that ends with the command."""
+    if ray.is_initialized():
+        yield
+        return
+    address = os.environ.get("RAY_ADDRESS", "local") if options.ray_address == "auto" else options.ray_address
+    own = {"num_cpus": options.ray_cpus, "include_dashboard": False} if address == "local" else {}
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level="warning", **own)
+    except ConnectionError as error:
+        raise ValueError(f"--ray-address {address}: no Ray there ({error})") from None
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+class Tracker:
+    """One MLflow run; without tracking every call does nothing."""
+
+    def __init__(self, run_id: str | None = None, uri: str | None = None):
+        self.run_id, self.uri = run_id, uri
+
+    def metrics(self, values: Mapping[str, Any], step: int | None = None) -> None:
+        """Log the numbers among `values`; nested names are joined with dots."""
+        if self.run_id:
+            import mlflow
+
+            numbers = {k: float(v) for k, v in flatten(values).items() if isinstance(v, int | float) and v == v}
+            mlflow.log_metrics(numbers, step=step)
+
+    def text(self, text: str, name: str) -> None:
+        """Store a text artifact."""
+        if self.run_id:
+            import mlflow
+
+            mlflow.log_text(text, name)
+
+
+@contextlib.contextmanager
+def tracked(command: str, options: RunOptions, *config: Any) -> Iterator[Tracker]:
+    """The command's one MLflow run: its flattened config now, what it logs meanwhile, failed if it fails."""
+    uri = options.mlflow or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{pathlib.Path('mlflow.db').resolve()}"
+    if uri == "none":
+        yield Tracker()
+        return
+    import logging
+
+    logging.getLogger("alembic").setLevel(logging.WARNING)
+    import mlflow
+
+    try:
+        mlflow.set_tracking_uri(uri)
+        _set_experiment(mlflow, uri)
+    except mlflow.exceptions.MlflowException as error:
+        raise ValueError(f"--mlflow {uri}: {' '.join(str(error).split())[:200]}") from None
+    with mlflow.start_run(run_name=f"{command} {pathlib.PurePath(options.run).name}") as active:
+        params = {"command": command, "run": options.run}
+        for group in config:
+            params |= flatten(dataclasses.asdict(group))
+        mlflow.log_params({name: str(value)[:6000] for name, value in params.items()})
+        yield Tracker(active.info.run_id, uri)
+
+
+def _set_experiment(mlflow: Any, uri: str) -> None:
+    """The experiment `hardset`; with sqlite its artifacts lie beside the database, not in the working directory."""
+    if uri.startswith("sqlite:///") and mlflow.get_experiment_by_name("hardset") is None:
+        folder = pathlib.Path(uri.removeprefix("sqlite:///")).resolve().parent / "mlartifacts"
+        with contextlib.suppress(mlflow.exceptions.MlflowException):  # another command made it meanwhile
+            mlflow.create_experiment("hardset", artifact_location=folder.as_uri())
+    mlflow.set_experiment("hardset")
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{'a': {'b': 1}} -> {'a.b': 1}."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{name}.")
+        else:
+            flat[f"{prefix}{name}"] = value
+    return flat

@@ -1,0 +1,159 @@
+"""What curate and its stages share: opening the run that the options ask for, and one function per stage."""
+
+import dataclasses
+from typing import Any
+
+import ray
+
+from jobs.command import say
+from jobs.options import CorpusOptions, GaussianOptions, RunOptions, SelectOptions, WeightOptions, WorkerOptions
+from ops.encoders import load_encoder
+from pipelines import embed as embedding
+from pipelines import fit as fitting
+from pipelines import score as scoring
+from pipelines import select as selecting
+from pipelines import storage
+from pipelines.progress import bottleneck, duration
+from pipelines.run import CorpusConfig, Run
+from pipelines.shards import LabelSource, expand_shards
+
+
+def open_run(options: RunOptions, corpus: CorpusOptions) -> Run:
+    """The run that the options ask for: made, opened, or grown by new shards; ValueError where they do not fit it."""
+    if corpus.shards is None or corpus.encoder is None:
+        if corpus.overwrite or not Run.exists(options.run):
+            missing = "shards" if corpus.shards is None else "encoder"
+            raise ValueError(
+                f"--{missing}: needed, as {options.run} is not a run yet (webdataset shards and an encoder make one)"
+            )
+        run = Run.open(options.run)
+        if corpus.shards is None and corpus.encoder is None:
+            return run
+    shards = run.shards if corpus.shards is None else expand_shards(corpus.shards)
+    if corpus.shards is not None:
+        say(
+            f"shards: {len(shards)}, {sum(s.size for s in shards) / 1e6:,.1f} MB, first {shards[0].url}, last {shards[-1].url}"
+        )
+    spec = corpus.encoder if corpus.encoder is not None else run.config.encoder
+    return Run.create(options.run, _corpus_config(spec, corpus), shards, overwrite=corpus.overwrite)
+
+
+def _corpus_config(spec: str, corpus: CorpusOptions) -> CorpusConfig:
+    if corpus.views < 1:
+        raise ValueError(f"--views {corpus.views}: at least 1")
+    names = None
+    if corpus.classes is not None:
+        names = tuple(line.strip() for line in _read_text(corpus.classes).splitlines() if line.strip())
+    LabelSource(corpus.label, names)  # its own ValueError for a label source that is none
+    encoder = load_encoder(spec, l2=corpus.normalize)
+    return CorpusConfig(
+        encoder=encoder.spec,
+        encoder_fingerprint=encoder.fingerprint,
+        width=encoder.width,
+        label=corpus.label,
+        class_names=names,
+        views=corpus.views,
+        normalize=corpus.normalize,
+        dtype=corpus.dtype,
+        max_pixels=corpus.max_pixels,
+    )
+
+
+def _read_text(uri: str) -> str:
+    try:
+        return storage.read_bytes(uri).decode()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"--classes {uri}: cannot be read as a text file ({error})") from None
+
+
+def resources(workers: WorkerOptions) -> embedding.Resources:
+    """Actors for the cluster that is there. Never silently on the CPU: the choice is said, `cuda` without one an error."""
+    cluster = ray.cluster_resources()
+    gpus, cpus = int(cluster.get("GPU", 0)), cluster.get("CPU", 1)
+    if workers.device == "cuda" and not gpus:
+        raise ValueError("--device cuda: Ray knows no GPU here; take --device cpu, or a cluster with GPUs")
+    device = "cuda" if gpus and workers.device != "cpu" else "cpu"
+    count = workers.workers or (gpus if device == "cuda" else max(1, int(cpus)))
+    if count < 1:
+        raise ValueError(f"--workers {count}: at least 1")
+    # Half the cores for the actors, the rest for reading and writing: actors and reads must fit side by side.
+    share = 1.0 if device == "cuda" else max(0.1, min(0.5, 0.5 * cpus / count))
+    return embedding.Resources(device, count, share, workers.batch_size)
+
+
+def embed(run: Run, workers: WorkerOptions) -> dict[str, Any]:
+    """Embed what is not embedded yet, and say how it went."""
+    plan = resources(workers)
+    say(f"embed: {run.config.encoder}, d = {run.config.width}, {plan.workers} workers on {plan.device}")
+    counts = embedding.embed(run, plan, workers.max_bad_fraction)
+    say(
+        f"embed: {counts['rows']:,} embeddings + {counts['left_out']:,} in quarantine, {counts['shards_done']} shards done, "
+        f"{counts['shards_skipped']} skipped, {duration(counts['seconds'])}"
+    )
+    if counts["shards_done"]:
+        say(f"time: {bottleneck(counts['seconds_by_step'], plan.workers)}")
+    return counts
+
+
+def fit(run: Run, gaussians: GaussianOptions, workers: WorkerOptions) -> dict[str, Any]:
+    """Fit the Gaussians, or take another run's."""
+    if gaussians.gaussians is not None:
+        entry = fitting.adopt(run, Run.open(gaussians.gaussians))
+        say(f"fit: nothing fitted, Gaussians of {gaussians.gaussians} ({entry['samples']:,} samples)")
+        return entry
+    entry = fitting.fit(run, _shrinkage(gaussians.shrinkage), resources(workers).device)
+    done = "already fitted on" if entry["skipped"] else f"{duration(entry['seconds'])},"
+    say(
+        f"fit: {done} {entry['samples']:,} samples, {entry['classes']} classes, d = {entry['width']}; rank {entry['rank']}, "
+        f"condition {entry['condition']}, shrinkage {entry['shrinkage']}"
+    )
+    return entry
+
+
+def _shrinkage(text: str) -> str | float:
+    if text in ("auto", "none", "oas"):
+        return text
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 1:
+        raise ValueError(f"--shrinkage {text}: expected auto, none, oas, or a number in [0, 1]")
+    return value
+
+
+def score(run: Run, weights: WeightOptions, workers: WorkerOptions) -> dict[str, Any]:
+    """Write the difficulty columns."""
+    weighting = scoring.Weighting(weights.temperature, weights.c, weights.scale)
+    counts = scoring.score(run, weighting, device=resources(workers).device)
+    say(
+        f"score: {counts['rows']:,} rows, {counts['shards_done']} shards done, {counts['shards_skipped']} skipped, {duration(counts['seconds'])}"
+    )
+    return counts
+
+
+def select(run: Run, options: SelectOptions) -> dict[str, Any]:
+    """Write a subset."""
+    entry = selecting.select(run, rule(options), options.name, options.samples_per_shard)
+    done = "already there" if entry["skipped"] else duration(entry["seconds"])
+    say(
+        f"select {options.name}: {entry['samples']:,} samples, {entry['rule']}, in {entry['shards']} shards, {done}: {entry['path']}"
+    )
+    return entry
+
+
+def ranked_by_what_is_there(run: Run, options: SelectOptions) -> SelectOptions:
+    """Without classes there is no rmd; the class-agnostic distance then ranks the samples."""
+    if options.by == "difficulty.rmd" and not run.stage("fit")["classes"]:
+        say("select: no labels and no classes, so by difficulty.md_agn")
+        return dataclasses.replace(options, by="difficulty.md_agn")
+    return options
+
+
+def rule(options: SelectOptions) -> selecting.Rule:
+    """The rule that --top or --bottom asks for."""
+    if options.top is not None and options.bottom is not None:
+        raise ValueError("--top and --bottom: one of them")
+    lowest = options.bottom is not None
+    count = options.bottom if lowest else (0.1 if options.top is None else options.top)
+    return selecting.Rule(options.by, count, lowest, options.per_class)

@@ -1,0 +1,145 @@
+"""Every column name and schema of a run directory, and how a column group is written, found and read back.
+
+A column group is a folder of Parquet files, one per input shard, with the same keys and the rows in shard order, so that
+groups join on (shard, row) without a shuffle. Each file's schema metadata says what it was made from (`source`).
+"""
+
+import json
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipelines import storage
+
+EMBEDDINGS, DIFFICULTY, QUARANTINE = "embeddings", "difficulty", "quarantine"
+KEYS = (pa.field("key", pa.string()), pa.field("shard", pa.int32()), pa.field("row", pa.int64()))
+LABEL = pa.field("label", pa.int64())
+METADATA = b"hardset"  # the one key of ours in a file's schema metadata: JSON with `source` and the counts
+
+
+def score_field(name: str, meaning: str, higher: str) -> pa.Field:
+    """A float32 score column whose Arrow metadata says what it is and in which direction it points."""
+    return pa.field(name, pa.float32(), metadata={"meaning": meaning, "direction": f"higher = {higher}"})
+
+
+def embeddings_schema(width: int, dtype: str, views: int) -> pa.Schema:
+    """Schema of `embeddings/`: `embedding` of the plain image, `augmented` its other views - 1 views end to end."""
+    value = {"float16": pa.float16(), "float32": pa.float32()}[dtype]
+    fields = [*KEYS, LABEL, pa.field("embedding", pa.list_(value, width))]
+    if views > 1:
+        fields.append(pa.field("augmented", pa.list_(value, width * (views - 1))))
+    return pa.schema(fields)
+
+
+DIFFICULTY_SCHEMA = pa.schema(
+    [
+        *KEYS,
+        LABEL,
+        score_field("md", "squared Mahalanobis distance to the labelled class", "harder"),
+        score_field("md_agn", "squared Mahalanobis distance to the class-agnostic Gaussian", "harder"),
+        score_field("rmd", "md - md_agn; without a label, of the nearest class", "harder"),
+        score_field("weight", "eq. 10 of Cui et al. 2023, in [0, 1]", "harder"),
+        pa.field("nearest_class", pa.int64()),
+        score_field("nearest_md", "squared Mahalanobis distance to the nearest class", "harder"),
+        score_field(
+            "margin", "md - the smallest md of another class", "more suspicious label; above 0 = nearer another"
+        ),
+    ]
+)
+KMEANS = score_field("kmeans", "Euclidean distance to the nearest k-means centre", "harder")
+
+QUARANTINE_SCHEMA = pa.schema(
+    [
+        pa.field("shard", pa.int32()),
+        pa.field("row", pa.int64()),
+        pa.field("key", pa.string()),
+        pa.field("member", pa.string()),
+        pa.field("stage", pa.string()),
+        pa.field("reason", pa.string()),
+    ]
+)
+
+
+def file_name(group: str, shard: int) -> str:
+    """Path inside a run of the file of a column group that belongs to a shard."""
+    return f"{group}/{shard:06d}.parquet"
+
+
+def write(run_uri: str, group: str, shard: int, table: pa.Table, source: str, **facts: Any) -> None:
+    """Write one shard's file of a column group, whole or not at all; `source` and `facts` go into its metadata."""
+    facts = {"source": source, "rows": table.num_rows, **facts}
+    table = table.replace_schema_metadata({METADATA: json.dumps(facts, sort_keys=True)})
+    storage.write_parquet_atomic(table, storage.join(run_uri, file_name(group, shard)))
+
+
+def facts(run_uri: str, group: str, shard: int) -> dict[str, Any] | None:
+    """What a shard's file says of itself (`source`, `rows`, …), or None where there is no readable file."""
+    filesystem, path = storage.open_filesystem(storage.join(run_uri, file_name(group, shard)))
+    try:
+        metadata = pq.read_schema(path, filesystem=filesystem).metadata or {}
+    except (FileNotFoundError, pa.ArrowInvalid):
+        return None
+    return json.loads(metadata[METADATA]) if METADATA in metadata else None
+
+
+def all_facts(run_uri: str, group: str, num_shards: int) -> list[dict[str, Any] | None]:
+    """`facts` of every shard; footers are read side by side, as on an object store each is a round trip."""
+    with ThreadPoolExecutor(16) as pool:
+        return list(pool.map(lambda shard: facts(run_uri, group, shard), range(num_shards)))
+
+
+def read(run_uri: str, group: str, shard: int, columns: list[str] | None = None) -> pa.Table:
+    """One shard's rows of a column group. FileNotFoundError where the stage has not made it."""
+    filesystem, path = storage.open_filesystem(storage.join(run_uri, file_name(group, shard)))
+    return pq.read_table(path, columns=columns, filesystem=filesystem, partitioning=None)
+
+
+def iter_batches(
+    run_uri: str, group: str, shard: int, columns: list[str], batch_rows: int = 16_384
+) -> Iterator[pa.RecordBatch]:
+    """One shard's rows in batches, so that memory does not grow with the shard."""
+    filesystem, path = storage.open_filesystem(storage.join(run_uri, file_name(group, shard)))
+    with filesystem.open_input_file(path) as stream:
+        yield from pq.ParquetFile(stream).iter_batches(batch_size=batch_rows, columns=columns)
+
+
+def split_name(column: str) -> tuple[str, str]:
+    """'difficulty.rmd' -> ('difficulty', 'rmd'); a prediction set's column is 'predictions/NAME.confidence'."""
+    group, dot, name = column.rpartition(".")
+    if not dot or not group or not name:
+        raise ValueError(f"column {column!r}: expected GROUP.COLUMN, such as difficulty.rmd")
+    return group, name
+
+
+def vectors(column: pa.Array | pa.ChunkedArray) -> np.ndarray:
+    """A fixed-size-list column as an array of shape (rows, width), without a copy where it is contiguous."""
+    if isinstance(column, pa.ChunkedArray):
+        column = column.combine_chunks()
+    return column.flatten().to_numpy(zero_copy_only=False).reshape(len(column), column.type.list_size)
+
+
+def vector_array(values: np.ndarray, value_type: pa.DataType) -> pa.FixedSizeListArray:
+    """An array of shape (rows, width) as a fixed-size-list column."""
+    flat = pa.array(np.ascontiguousarray(values, dtype=value_type.to_pandas_dtype()).reshape(-1))
+    return pa.FixedSizeListArray.from_arrays(flat, values.shape[1])
+
+
+def labels_or_minus_one(column: pa.Array | pa.ChunkedArray) -> np.ndarray:
+    """The label column as int64, -1 where there is none."""
+    filled = column.fill_null(-1)
+    return np.asarray(filled.to_numpy(zero_copy_only=False), dtype=np.int64)
+
+
+def concat(tables: Iterable[pa.Table], schema: pa.Schema) -> pa.Table:
+    """Tables under one schema, also where there are none."""
+    return pa.concat_tables([schema.empty_table(), *tables]).cast(schema)
+
+
+def schema(run_uri: str, group: str, shard: int = 0) -> pa.Schema:
+    """Schema of a column group, read from one shard's file."""
+    filesystem, path = storage.open_filesystem(storage.join(run_uri, file_name(group, shard)))
+    return pq.read_schema(path, filesystem=filesystem)

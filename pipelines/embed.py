@@ -1,0 +1,352 @@
+"""Embed: shards -> one Parquet file of embeddings per shard, and a quarantine file beside it.
+
+    read (tasks, one per shard)  ->  EmbedImages (actors, a GPU each where there is one)  ->  write_part (tasks)
+                                                                    driver: last part of a shard seen -> commit_shard (task)
+
+What travels between the stages is the encoded bytes of an image and, after the actor, its embedding. The driver sees one
+tiny row per block. A block's part has a name made of its shard and first row, so a block that Ray computes twice is
+written once; a shard counts as done when its file in `embeddings/` is there, and that appears whole or not at all.
+"""
+
+import dataclasses
+import json
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pyarrow as pa
+import ray
+import torch
+from ray.data import ActorPoolStrategy
+
+from ops.encoders import Encoder, load_encoder
+from ops.images import ImageError, augment, decode_image
+from pipelines import columns, storage
+from pipelines.progress import Progress
+from pipelines.run import CorpusConfig, Run, StageFailed, fingerprint
+from pipelines.shards import LabelSource, Shard, read_shards, shard_digest
+from pipelines.tasks import in_order
+
+STEPS = ("read", "decode", "transfer", "model", "write")  # where the seconds of embedding go
+PART_NOTE = pa.schema(
+    [
+        ("shard", pa.int32()),
+        ("first", pa.int64()),  # position within the shard's stream of the part's first row
+        ("rows", pa.int64()),
+        ("path", pa.string()),
+        ("end", pa.string()),  # the reader's closing words, in the last part of a shard
+        ("seconds", pa.string()),
+    ]
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Resources:
+    """What one embedding actor takes, and how many there are. None of it changes a result."""
+
+    device: str = "cpu"
+    workers: int = 2
+    cpus_per_worker: float = 0.5
+    batch_size: int = 64
+
+    @property
+    def gpus_per_worker(self) -> float:
+        return 1.0 if self.device == "cuda" else 0.0
+
+
+class EmbedImages:
+    """Ray Data actor: rows with encoded images in, rows with embeddings out; the encoder is loaded once."""
+
+    def __init__(self, config: CorpusConfig, resources: Resources):
+        # One intra-op thread per actor on a CPU: two actors of one thread each beat one actor of two.
+        torch.set_num_threads(max(1, int(resources.cpus_per_worker)))
+        self.config, self.device, self.batch_size = config, resources.device, resources.batch_size
+        self.encoder: Encoder = load_encoder(config.encoder, l2=config.normalize).to(resources.device)
+        self.decoders = ThreadPoolExecutor(4 if resources.device == "cuda" else 1)
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        seconds = dict.fromkeys(STEPS, 0.0)
+        images = table["image"]
+        rows = np.flatnonzero(images.is_valid().to_numpy(zero_copy_only=False))
+        reasons: list[str | None] = table["reason"].to_pylist()
+        vectors = np.zeros((table.num_rows, self.config.views, self.config.width), np.float32)
+        # Decoding runs ahead of the model in threads: several batches are in flight at any time.
+        batches = [rows[start : start + self.batch_size] for start in range(0, len(rows), self.batch_size)]
+        for decoded, failed, spent in self.decoders.map(lambda batch: self._decode(table, images, batch), batches):
+            seconds["decode"] += spent
+            reasons = [failed.get(row, reason) for row, reason in enumerate(reasons)] if failed else reasons
+            if decoded:
+                kept, batch = decoded
+                vectors[kept] = self._forward(batch, seconds).reshape(len(kept), self.config.views, -1)
+        self._quarantine_overflow(vectors, reasons)
+        return self._result(table, vectors, reasons, seconds)
+
+    def _decode(
+        self, table: pa.Table, images: pa.ChunkedArray, rows: np.ndarray
+    ) -> tuple[tuple[np.ndarray, torch.Tensor] | None, dict[int, str], float]:
+        started = time.perf_counter()
+        kept, pictures, failed = [], [], {}
+        for row in rows.tolist():
+            try:
+                picture = decode_image(images[row].as_py(), max_pixels=self.config.max_pixels)
+            except ImageError as error:
+                failed[row] = str(error)
+                continue
+            kept.append(row)
+            pictures.append(picture)
+            for view in range(1, self.config.views):
+                seed = (table["shard"][row].as_py(), table["row"][row].as_py(), view)
+                pictures.append(augment(picture, seed))
+        decoded = (np.array(kept), self.encoder.prepare(pictures)) if kept else None
+        return decoded, failed, time.perf_counter() - started
+
+    def _forward(self, batch: torch.Tensor, seconds: dict[str, float]) -> np.ndarray:
+        """Embeddings of a prepared batch; halves the batch where the GPU's memory is too small for it."""
+        try:
+            started = time.perf_counter()
+            batch_on_device = batch.to(self.device)
+            moved = time.perf_counter()
+            result = self.encoder.encode(batch_on_device, autocast=self.device == "cuda").float().cpu().numpy()
+        except torch.cuda.OutOfMemoryError:
+            if len(batch) == 1:
+                raise
+            torch.cuda.empty_cache()
+            self.batch_size = max(1, self.batch_size // 2)
+            return np.concatenate([self._forward(half, seconds) for half in batch.tensor_split(2)])
+        seconds["transfer"] += moved - started
+        seconds["model"] += time.perf_counter() - moved
+        return result
+
+    def _quarantine_overflow(self, vectors: np.ndarray, reasons: list[str | None]) -> None:
+        limit = np.finfo(self.config.dtype).max
+        for row in np.flatnonzero(~(np.abs(vectors) <= limit).all(axis=(1, 2))):
+            reasons[row] = reasons[row] or f"embedding is not finite in {self.config.dtype}"
+            vectors[row] = 0
+
+    def _result(
+        self, table: pa.Table, vectors: np.ndarray, reasons: list[str | None], seconds: dict[str, float]
+    ) -> pa.Table:
+        value = {"float16": pa.float16(), "float32": pa.float32()}[self.config.dtype]
+        result = table.drop_columns(["image", "reason"])
+        result = result.append_column("reason", pa.array(reasons, pa.string()))
+        result = result.append_column("embedding", columns.vector_array(vectors[:, 0], value))
+        if self.config.views > 1:
+            augmented = vectors[:, 1:].reshape(len(vectors), -1)
+            result = result.append_column("augmented", columns.vector_array(augmented, value))
+        noted = [json.dumps(seconds)] + [None] * (table.num_rows - 1)
+        return result.append_column("seconds", pa.array(noted, pa.string()))
+
+
+def write_part(table: pa.Table, run_uri: str) -> pa.Table:
+    """Ray Data task: put one block of embeddings beside the run; a row of PART_NOTE says where."""
+    started = time.perf_counter()
+    shard, first = table["shard"][0].as_py(), table["position"][0].as_py()
+    path = storage.join(run_uri, ".parts", columns.EMBEDDINGS, f"{shard:06d}", f"{first:012d}.arrow")
+    with storage.write_atomic(path) as stream, pa.ipc.new_file(stream, table.schema) as writer:
+        writer.write_table(table)
+    seconds = json.loads(table["seconds"][0].as_py()) | {"write": time.perf_counter() - started}
+    end = table["end"][table.num_rows - 1].as_py()
+    note = {
+        "shard": shard,
+        "first": first,
+        "rows": table.num_rows,
+        "path": path,
+        "end": end,
+        "seconds": json.dumps(seconds),
+    }
+    return pa.Table.from_pylist([note], schema=PART_NOTE)
+
+
+def commit_shard(shard: int, paths: list[str], end: dict, entry: Shard, config: CorpusConfig, run_uri: str) -> dict:
+    """Ray task: the parts of one shard -> its quarantine file, then its embeddings file, which marks it done."""
+    schema = columns.embeddings_schema(config.width, config.dtype, config.views)
+    parts = [_read_part(path) for path in paths]
+    samples = pa.concat_tables(parts).filter(pa.compute.field("end").is_null())
+    good, bad = samples.filter(samples["reason"].is_null()), samples.filter(samples["reason"].is_valid())
+    if samples.num_rows != end["entries"]:
+        raise StageFailed(f"shard {shard}: the reader saw {end['entries']} samples, the parts hold {samples.num_rows}")
+    source = fingerprint(columns.EMBEDDINGS, config.identity(), end["digest"])
+    bad = bad.append_column("stage", pa.array(["embed"] * bad.num_rows, pa.string()))
+    columns.write(run_uri, columns.QUARANTINE, shard, bad.select(columns.QUARANTINE_SCHEMA.names).cast(columns.QUARANTINE_SCHEMA), source)  # fmt: skip
+    facts = {
+        "left_out": bad.num_rows,
+        "max_label": pa.compute.max(good["label"]).as_py(),
+        "digest": end["digest"],
+        "size": entry.size,
+        "mtime_ns": entry.mtime_ns,
+    }
+    columns.write(run_uri, columns.EMBEDDINGS, shard, good.select(schema.names).cast(schema), source, **facts)
+    storage.remove_tree(storage.join(run_uri, ".parts", columns.EMBEDDINGS, f"{shard:06d}"))
+    return {"rows": good.num_rows, "left_out": bad.num_rows}
+
+
+def _read_part(path: str) -> pa.Table:
+    filesystem, inner = storage.open_filesystem(path)
+    with filesystem.open_input_file(inner) as stream:
+        return pa.ipc.open_file(stream).read_all()
+
+
+def pending_shards(run: Run) -> list[int]:
+    """Positions of the shards whose embeddings are missing or were made from other bytes.
+
+    Size and time of modification decide where they can; where only the time differs the bytes are hashed.
+    """
+    pending, doubtful = [], []
+    for position, (shard, facts) in enumerate(
+        zip(run.shards, columns.all_facts(run.uri, columns.EMBEDDINGS, len(run.shards)))
+    ):
+        if facts is None or facts["size"] != shard.size:
+            pending.append(position)
+        elif facts["mtime_ns"] != shard.mtime_ns:
+            doubtful.append((position, facts["digest"]))
+    digests = in_order(shard_digest, [(run.shards[position].url,) for position, _ in doubtful])
+    pending += [position for (position, before), now in zip(doubtful, digests) if now != before]
+    return sorted(pending)
+
+
+def embed(run: Run, resources: Resources, max_bad_fraction: float = 0.01) -> dict:
+    """Embed the shards of a run that are not embedded yet.
+
+    Returns
+    -------
+    counts : dict
+        rows, left_out (samples in quarantine), shards done now and skipped, seconds by step.
+
+    Raises
+    ------
+    StageFailed
+        If more than `max_bad_fraction` of the samples are in quarantine, the counts do not reconcile, or a shard cannot
+        be read. Finished shards are kept.
+    """
+    started = time.monotonic()
+    pending = pending_shards(run)
+    shards = run.shards
+    progress = Progress("embed", len(pending), skipped=len(shards) - len(pending))
+    seconds = dict.fromkeys(STEPS, 0.0)
+    limit = _BadFraction(max_bad_fraction, [shard.size for shard in shards])
+    for position, counts, spent in _embed_shards(run, pending, resources):
+        for step, value in spent.items():
+            seconds[step] += value
+        progress.shard(counts["rows"], counts["left_out"])
+        limit.add(position, counts)
+    storage.remove_tree(run.path(".parts", columns.EMBEDDINGS))
+    return _finish(run, pending, seconds, time.monotonic() - started, max_bad_fraction, resources)
+
+
+def _embed_shards(run: Run, pending: list[int], resources: Resources) -> Iterator[tuple[int, dict, dict[str, float]]]:
+    """Yield (position, counts, seconds by step) of each shard as its files are in place."""
+    if not pending:
+        return
+    config, shards = run.config, run.shards
+    commit = ray.remote(commit_shard).options(num_cpus=0.25, max_retries=3)
+    parts: dict[int, dict[int, dict]] = {}
+    commits: dict = {}
+    for note in _notes(run, pending, resources):
+        position = note["shard"]
+        parts.setdefault(position, {})[note["first"]] = note
+        notes = [parts[position][first] for first in sorted(parts[position])]
+        # Blocks of a shard may arrive out of order: it is whole when its last row is there and all before it.
+        if notes[-1]["end"] and sum(n["rows"] for n in notes) == notes[-1]["first"] + notes[-1]["rows"]:
+            end = json.loads(notes[-1]["end"])
+            reference = commit.remote(position, [n["path"] for n in notes], end, shards[position], config, run.uri)
+            spent = _sum_seconds([json.loads(n["seconds"]) for n in notes] + [{"read": end["seconds"]}])
+            commits[reference] = (position, spent)
+            del parts[position]
+        ready, _ = ray.wait(list(commits), num_returns=len(commits), timeout=0) if commits else ([], [])
+        for reference in ready:
+            yield _committed(reference, commits)
+    for reference in list(commits):
+        yield _committed(reference, commits)
+    if parts:
+        raise StageFailed(f"embed: shards {sorted(parts)} came out incomplete; start the same command again")
+
+
+def _committed(reference: ray.ObjectRef, commits: dict) -> tuple[int, dict, dict[str, float]]:
+    position, spent = commits.pop(reference)
+    return position, ray.get(reference), spent
+
+
+def _notes(run: Run, pending: list[int], resources: Resources) -> Iterator[dict]:
+    """Stream the shards through the actors; yields one PART_NOTE row per written block."""
+    config, shards = run.config, run.shards
+    dataset = read_shards(
+        [(position, shards[position]) for position in pending], LabelSource(config.label, config.class_names)
+    )
+    dataset = dataset.map_batches(
+        EmbedImages,
+        fn_constructor_args=(config, resources),
+        batch_size=None,
+        batch_format="pyarrow",
+        zero_copy_batch=True,
+        compute=ActorPoolStrategy(size=min(resources.workers, max(1, len(pending) * 4))),
+        num_cpus=resources.cpus_per_worker,
+        num_gpus=resources.gpus_per_worker,
+        # An image that kills its process would otherwise restart the actor for ever.
+        max_restarts=2,
+        max_task_retries=2,
+    )
+    dataset = dataset.map_batches(
+        write_part, fn_kwargs={"run_uri": run.uri}, batch_size=None, batch_format="pyarrow", num_cpus=0.25
+    )
+    for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+        yield from batch.to_pylist()
+
+
+def _sum_seconds(entries: list[dict[str, float]]) -> dict[str, float]:
+    return {step: sum(entry.get(step, 0.0) for entry in entries) for step in STEPS}
+
+
+class _BadFraction:
+    """Ends a run early once its bad samples exceed the limit even if all that is still to come were good."""
+
+    def __init__(self, limit: float, sizes: list[int]):
+        self.limit, self.sizes, self.total_bytes = limit, sizes, sum(sizes)
+        self.rows = self.left_out = self.bytes = self.shards = 0
+
+    def add(self, position: int, counts: dict) -> None:
+        self.rows += counts["rows"]
+        self.left_out += counts["left_out"]
+        self.bytes += self.sizes[position]
+        self.shards += 1
+        # Few shards say little about the size of the rest: the check at the end decides then.
+        if self.shards < 10:
+            return
+        expected = (self.rows + self.left_out) * self.total_bytes / max(1, self.bytes)
+        if self.left_out > self.limit * expected:
+            _too_many_bad(self.left_out, self.rows, self.limit)
+
+
+def _too_many_bad(left_out: int, rows: int, limit: float) -> None:
+    raise StageFailed(
+        f"{left_out} of {left_out + rows} samples are in quarantine, a fraction of {left_out / (left_out + rows):.4f}, "
+        f"more than --max-bad-fraction {limit}; finished shards are kept, and hardset inspect lists the reasons"
+    )
+
+
+def _finish(
+    run: Run, done: list[int], seconds: dict[str, float], elapsed: float, limit: float, resources: Resources
+) -> dict:
+    """Reconcile all shards, old and new, settle the classes, and note the stage."""
+    facts = run.embedding_facts()
+    rows, left_out = sum(f["rows"] for f in facts), sum(f["left_out"] for f in facts)
+    if left_out > limit * (rows + left_out):
+        _too_many_bad(left_out, rows, limit)
+    if not rows:
+        raise StageFailed("embed: no sample of any shard is usable; hardset inspect lists the reasons")
+    if run.config.class_names is None:
+        highest = max((f["max_label"] for f in facts if f["max_label"] is not None), default=-1)
+        run.record["classes"] = [str(label) for label in range(highest + 1)]
+    counts = {
+        "rows": rows,
+        "left_out": left_out,
+        "shards_done": len(done),
+        "shards_skipped": len(facts) - len(done),
+        "seconds": elapsed,
+        "seconds_by_step": seconds,
+        "workers": resources.workers,
+        "device": resources.device,
+    }
+    if done or run.stage("embed") is None:
+        run.finish_stage("embed", **counts)
+    return counts

@@ -1,0 +1,187 @@
+"""A run directory: what it was made with, which shards it holds, which stages are finished.
+
+`run.json` is the only state; everything else is derived from the files that are there.
+"""
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import platform
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+from pipelines import columns, storage
+from pipelines.shards import Shard
+
+RECORD = "run.json"
+# What --overwrite removes: only what stages write, never a folder that merely happens to lie there.
+PRODUCTS = (
+    columns.EMBEDDINGS, columns.DIFFICULTY, columns.QUARANTINE, "gaussians.npz", "confusion", "correctness",
+    "predictions", "trust", "subsets", "report", "evaluation", "models", ".parts",
+)  # fmt: skip
+LIBRARIES = ("hardset", "ray", "torch", "torchvision", "numpy", "pyarrow", "open_clip_torch", "timm", "webdataset")
+
+
+class StageFailed(RuntimeError):
+    """A stage could not end well; the message says what failed and what is kept. Exit status 1."""
+
+
+def fingerprint(*parts: Any) -> str:
+    """A short hash of JSON-able values: the `source` of a file, made of the config and inputs that matter to it."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+@dataclasses.dataclass(frozen=True)
+class CorpusConfig:
+    """What cannot be mixed within one run: how images became embeddings and what labelled them."""
+
+    encoder: str
+    encoder_fingerprint: str
+    width: int
+    label: str = "cls"
+    class_names: tuple[str, ...] | None = None
+    views: int = 1
+    normalize: bool = False
+    dtype: str = "float32"
+    max_pixels: int = 100_000_000
+
+    def identity(self) -> dict[str, Any]:
+        """The values that decide whether two configs may share a run; the encoder counts by its weights, not its name."""
+        values = dataclasses.asdict(self)
+        del values["encoder"]
+        return values
+
+
+class Run:
+    """An open run directory. `Run.open` reads one, `Run.create` starts one."""
+
+    def __init__(self, uri: str, record: dict[str, Any]):
+        self.uri, self.record = uri.rstrip("/"), record
+
+    @classmethod
+    def open(cls, uri: str) -> "Run":
+        """Open an existing run. ValueError where there is none."""
+        try:
+            record = json.loads(storage.read_bytes(storage.join(uri, RECORD)))
+        except (FileNotFoundError, NotADirectoryError):
+            raise ValueError(
+                f"--run {uri}: no {RECORD} there; make the run with hardset curate or hardset embed"
+            ) from None
+        except json.JSONDecodeError as error:
+            raise ValueError(f"--run {uri}: {RECORD} is not JSON ({error})") from None
+        return cls(uri, record)
+
+    @classmethod
+    def exists(cls, uri: str) -> bool:
+        """Whether a run was started there."""
+        return storage.exists(storage.join(uri, RECORD))
+
+    @classmethod
+    def create(cls, uri: str, config: CorpusConfig, shards: Sequence[Shard], overwrite: bool = False) -> "Run":
+        """Start a run, or open the one that is there and add shards that it lacks.
+
+        ValueError if the run there was made with another config or holds shards that are no longer listed;
+        with `overwrite` its products are removed instead.
+        """
+        storage.check_writable(uri)
+        if cls.exists(uri):
+            run = cls.open(uri)
+            if not overwrite:
+                run._refuse_mixing(config)
+                run._extend(shards)
+                return run
+            for product in PRODUCTS:
+                storage.remove_tree(storage.join(uri, product))
+        record = {
+            "config": dataclasses.asdict(config),
+            "shards": [dataclasses.asdict(shard) for shard in shards],
+            "classes": list(config.class_names or ()),
+            "stages": {},
+        }
+        run = cls(uri, record)
+        run.save()
+        return run
+
+    def _refuse_mixing(self, config: CorpusConfig) -> None:
+        ours, theirs = self.config.identity(), config.identity()
+        for name in ours:
+            if ours[name] != theirs[name]:
+                old, new = (self.config.encoder, config.encoder) if "encoder" in name else (ours[name], theirs[name])
+                raise ValueError(
+                    f"--run {self.uri}: made with {name.replace('_', ' ')} {old!r}, asked for {new!r}; "
+                    "these cannot be mixed: take another --run, or --overwrite"
+                )
+
+    def _extend(self, shards: Sequence[Shard]) -> None:
+        """Take over the listed shards: known ones keep their position, new ones follow in the order given."""
+        listed = {shard.url: shard for shard in shards}
+        missing = [shard.url for shard in self.shards if shard.url not in listed]
+        if missing:
+            raise ValueError(
+                f"--shards: this run holds {len(self.shards)} shards, {len(missing)} of them not listed now "
+                f"(first: {missing[0]}); list them too, or take another --run, or --overwrite"
+            )
+        known = {shard.url for shard in self.shards}
+        merged = [listed[shard.url] for shard in self.shards] + [s for s in shards if s.url not in known]
+        if merged != self.shards:
+            self.record["shards"] = [dataclasses.asdict(shard) for shard in merged]
+            self.save()
+
+    @property
+    def config(self) -> CorpusConfig:
+        """How the run's embeddings were made."""
+        values = dict(self.record["config"])
+        names = values["class_names"]
+        return CorpusConfig(**values | {"class_names": None if names is None else tuple(names)})
+
+    @property
+    def shards(self) -> list[Shard]:
+        """The run's shards; a shard's position here is its number in every column group."""
+        return [Shard(**record) for record in self.record["shards"]]
+
+    @property
+    def classes(self) -> list[str]:
+        """Class names; a label is an index into this list. Empty without labels."""
+        return self.record["classes"]
+
+    def path(self, *parts: str) -> str:
+        """URI of something inside the run."""
+        return storage.join(self.uri, *parts)
+
+    def stage(self, name: str) -> dict[str, Any] | None:
+        """The entry that a finished stage left, or None."""
+        return self.record["stages"].get(name)
+
+    def finish_stage(self, name: str, **entry: Any) -> None:
+        """Note a finished stage: its counts, seconds and the config that mattered to it."""
+        self.record["stages"][name] = {"finished": datetime.now(UTC).isoformat(timespec="seconds"), **entry}
+        self.save()
+
+    def save(self) -> None:
+        """Write run.json, whole or not at all."""
+        self.record["versions"] = library_versions()
+        text = json.dumps(self.record, indent=1, ensure_ascii=False)
+        storage.write_text_atomic(self.path(RECORD), text + "\n")
+
+    def embedding_facts(self) -> list[dict[str, Any]]:
+        """What each shard's embeddings file says of itself. ValueError if a shard has none yet."""
+        found = columns.all_facts(self.uri, columns.EMBEDDINGS, len(self.shards))
+        pending = sum(facts is None for facts in found)
+        if pending:
+            raise ValueError(
+                f"--run {self.uri}: {pending} of {len(found)} shards are not embedded yet; run hardset embed first"
+            )
+        return found
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of what decides the numbers."""
+    versions = {"python": platform.python_version()}
+    for name in LIBRARIES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = "not installed as a package"
+    return versions

@@ -1,0 +1,126 @@
+"""Score: embeddings and Gaussians -> the difficulty columns, one file per shard."""
+
+import dataclasses
+import time
+
+import numpy as np
+import pyarrow as pa
+
+from ops.arrays import to_numpy
+from ops.difficulty import Reference, difficulty_weight, kmeans_difficulty
+from ops.gaussian import Gaussians
+from pipelines import columns
+from pipelines.fit import _on, load_gaussians
+from pipelines.progress import Progress
+from pipelines.run import Run, fingerprint
+from pipelines.tasks import in_order
+
+
+@dataclasses.dataclass(frozen=True)
+class Weighting:
+    """How rmd becomes the weight of eq. 10."""
+
+    temperature: float = 0.7
+    c: float = 1e-3
+    scale: str = "per_dim"
+
+
+def score_shard(
+    shard: int,
+    source: str,
+    run_uri: str,
+    gaussians: Gaussians,
+    weighting: Weighting,
+    centers: np.ndarray | None,
+    device: str,
+) -> int:
+    """Ray task: write one shard's difficulty columns; returns its rows."""
+    schema = columns.DIFFICULTY_SCHEMA if centers is None else columns.DIFFICULTY_SCHEMA.append(columns.KMEANS)
+    names = [field.name for field in columns.KEYS] + ["label", "embedding"]
+    tables = [
+        _score_batch(batch, gaussians, weighting, centers, device, schema)
+        for batch in columns.iter_batches(run_uri, columns.EMBEDDINGS, shard, names)
+    ]
+    table = columns.concat(tables, schema)
+    columns.write(run_uri, columns.DIFFICULTY, shard, table, source)
+    return table.num_rows
+
+
+def _score_batch(
+    batch: pa.RecordBatch,
+    gaussians: Gaussians,
+    weighting: Weighting,
+    centers: np.ndarray | None,
+    device: str,
+    schema: pa.Schema,
+) -> pa.Table:
+    features = columns.vectors(batch["embedding"])
+    labels = columns.labels_or_minus_one(batch["label"])
+    scores = gaussians.scores(_on(device, features), _on(device, labels))
+    values = {
+        name: to_numpy(getattr(scores, name))
+        for name in ("md", "md_agn", "rmd", "nearest_class", "nearest_md", "margin")
+    }
+    values["weight"] = _weight(values["rmd"], weighting, gaussians)
+    if centers is not None:
+        values["kmeans"] = kmeans_difficulty(features, centers=centers)
+    data = {name: batch[name] for name in ("key", "shard", "row", "label")}
+    data |= {name: _nullable(value) for name, value in values.items()}
+    return pa.table({name: data[name] for name in schema.names}).cast(schema)
+
+
+def _weight(rmd: np.ndarray, weighting: Weighting, gaussians: Gaussians) -> np.ndarray:
+    if gaussians.reference is None:
+        return np.full(len(rmd), np.nan, np.float32)
+    return difficulty_weight(
+        rmd,
+        weighting.temperature,
+        weighting.c,
+        scale=weighting.scale,
+        dim=gaussians.dim,
+        reference=Reference(*gaussians.reference),
+    )
+
+
+def _nullable(values: np.ndarray) -> pa.Array:
+    """NaN, and a class of -1, mean that there is no such value: null in Arrow."""
+    missing = np.isnan(values) if values.dtype.kind == "f" else values < 0
+    return pa.array(values, mask=missing)
+
+
+def score(run: Run, weighting: Weighting, centers: np.ndarray | None = None, device: str = "cpu") -> dict:
+    """Write `difficulty/` for the shards whose embeddings, Gaussians or weighting changed.
+
+    Returns
+    -------
+    counts : dict
+        rows, shards done now and skipped, seconds, quantiles of each score.
+    """
+    started = time.monotonic()
+    facts = run.embedding_facts()
+    gaussians = load_gaussians(run)
+    kmeans = None if centers is None else fingerprint(centers.tolist())
+    sources = [
+        fingerprint(columns.DIFFICULTY, f["source"], run.stage("fit")["source"], dataclasses.asdict(weighting), kmeans)
+        for f in facts
+    ]
+    there = columns.all_facts(run.uri, columns.DIFFICULTY, len(facts))
+    pending = [
+        (shard, source) for shard, source in enumerate(sources) if not there[shard] or there[shard]["source"] != source
+    ]
+    progress = Progress("score", len(pending), skipped=len(facts) - len(pending))
+    shared = (run.uri, gaussians, weighting, centers, device)
+    for rows, (shard, _) in zip(
+        in_order(score_shard, pending, *shared, num_gpus=1 if device == "cuda" else 0), pending
+    ):
+        assert rows == facts[shard]["rows"], f"shard {shard}: {rows} scores for {facts[shard]['rows']} embeddings"
+        progress.shard(rows)
+    counts = {
+        "rows": sum(f["rows"] for f in facts),
+        "shards_done": len(pending),
+        "shards_skipped": len(facts) - len(pending),
+        "seconds": time.monotonic() - started,
+    }
+    if pending or run.stage("score") is None:
+        run.finish_stage("score", **counts, weighting=dataclasses.asdict(weighting))
+    return counts

@@ -1,0 +1,86 @@
+"""What is in a run: counts, what is done and pending, quantiles of every score, why samples were left out."""
+
+import re
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from pipelines import columns, storage
+from pipelines.run import Run
+
+QUANTILES = (0.0, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1.0)
+MOST_VALUES = 2_000_000  # quantiles of more rows than this are those of evenly spaced shards
+
+
+def summarize(run: Run) -> dict[str, Any]:
+    """Everything that `hardset inspect` shows, JSON-able."""
+    embedded = columns.all_facts(run.uri, columns.EMBEDDINGS, len(run.shards))
+    rows = sum(f["rows"] for f in embedded if f)
+    left_out = sum(f["left_out"] for f in embedded if f)
+    return {
+        "run": run.uri,
+        "encoder": run.config.encoder,
+        "width": run.config.width,
+        "label": run.config.label,
+        "classes": len(run.classes),
+        "shards": {"listed": len(run.shards), "embedded": sum(f is not None for f in embedded)},
+        "samples": rows + left_out,
+        "rows": rows,
+        "left_out": left_out,
+        "bad_fraction": left_out / max(1, rows + left_out),
+        "quarantine": quarantine_reasons(run),
+        "groups": {name: group_summary(run, name) for name in column_groups(run)},
+        "stages": run.record["stages"],
+        "subsets": [name.removeprefix("select/") for name in run.record["stages"] if name.startswith("select/")],
+    }
+
+
+def column_groups(run: Run) -> list[str]:
+    """The column groups that this run has, `predictions/NAME` and `trust/NAME` included."""
+    files = storage.list_files(run.uri, ".parquet")
+    folders = {path.rpartition("/")[0].removeprefix(run.uri).strip("/") for path in files}
+    hidden = ("subsets/", ".parts", "evaluation")
+    return sorted(f for f in folders if f and f != columns.QUARANTINE and not f.startswith(hidden))
+
+
+def group_summary(run: Run, group: str) -> dict[str, Any]:
+    """Shards done and the quantiles of each float column of a group."""
+    done = [shard for shard, f in enumerate(columns.all_facts(run.uri, group, len(run.shards))) if f]
+    names = [f.name for f in columns.schema(run.uri, group, done[0]) if pa.types.is_floating(f.type)]
+    rows = 0
+    taken = {name: [] for name in names}
+    step = max(1, sum(1 for _ in done) // 1000)
+    for shard in done[::step]:
+        table = columns.read(run.uri, group, shard, names)
+        rows += table.num_rows
+        for name in names:
+            taken[name].append(table[name].drop_null().to_numpy())
+        if rows > MOST_VALUES:
+            break
+    return {
+        "shards": len(done),
+        "quantiles": {name: _quantiles(np.concatenate(values)) for name, values in taken.items()},
+    }
+
+
+def _quantiles(values: np.ndarray) -> dict[str, float]:
+    if not len(values):
+        return {}
+    found = np.quantile(values.astype(np.float64), QUANTILES)
+    return {f"{q:g}": float(v) for q, v in zip(QUANTILES, found)} | {"mean": float(values.mean(dtype=np.float64))}
+
+
+def quarantine_reasons(run: Run) -> dict[str, dict[str, Any]]:
+    """Count and one example by reason, digits in a reason made alike, the most frequent first."""
+    counts: Counter[str] = Counter()
+    examples: dict[str, dict[str, Any]] = {}
+    for shard, facts in enumerate(columns.all_facts(run.uri, columns.QUARANTINE, len(run.shards))):
+        if not facts or not facts["rows"]:
+            continue
+        for entry in columns.read(run.uri, columns.QUARANTINE, shard).to_pylist():
+            reason = re.sub(r"\d+", "#", entry["reason"])
+            counts[reason] += 1
+            examples.setdefault(reason, entry)
+    return {reason: {"count": count, "example": examples[reason]} for reason, count in counts.most_common(50)}
