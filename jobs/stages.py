@@ -127,7 +127,8 @@ def score(run: Run, weights: WeightOptions, workers: WorkerOptions) -> dict[str,
     weighting = scoring.Weighting(weights.temperature, weights.c, weights.scale)
     counts = scoring.score(run, weighting, device=resources(workers).device)
     say(
-        f"score: {counts['rows']:,} rows, {counts['shards_done']} shards done, {counts['shards_skipped']} skipped, {duration(counts['seconds'])}"
+        f"score: {counts['rows']:,} rows, {counts['shards_done']} shards done, "
+        f"{counts['shards_skipped']} skipped, {duration(counts['seconds'])}"
     )
     return counts
 

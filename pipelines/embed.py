@@ -168,7 +168,8 @@ def commit_shard(shard: int, paths: list[str], end: dict, entry: Shard, config: 
         raise StageFailed(f"shard {shard}: the reader saw {end['entries']} samples, the parts hold {samples.num_rows}")
     source = fingerprint(columns.EMBEDDINGS, config.identity(), end["digest"])
     bad = bad.append_column("stage", pa.array(["embed"] * bad.num_rows, pa.string()))
-    columns.write(run_uri, columns.QUARANTINE, shard, bad.select(columns.QUARANTINE_SCHEMA.names).cast(columns.QUARANTINE_SCHEMA), source)  # fmt: skip
+    quarantined = bad.select(columns.QUARANTINE_SCHEMA.names).cast(columns.QUARANTINE_SCHEMA)
+    columns.write(run_uri, columns.QUARANTINE, shard, quarantined, source)
     facts = {
         "left_out": bad.num_rows,
         "max_label": pa.compute.max(good["label"]).as_py(),

@@ -85,10 +85,11 @@ def sortable(scores: np.ndarray, lowest: bool = False) -> np.ndarray:
 def _scored(shard: int, run_uri: str, rule: Rule) -> tuple[pa.Table, np.ndarray, np.ndarray]:
     """Rows of a shard that have a score, their sortable scores and their class (0 without per_class)."""
     group, name = columns.split_name(rule.by)
-    table = columns.read(run_uri, group, shard)
-    table = table.append_column("_score", table[name].cast(pa.float32()))
-    table = table.filter(pa.compute.is_finite(table["_score"].fill_null(np.nan)))
-    keys = sortable(table["_score"].to_numpy(), rule.lowest)
+    kept = [n for n in ("key", "shard", "row", "label") if n in columns.schema(run_uri, group, shard).names]
+    table = columns.read(run_uri, group, shard, [*kept, name])
+    table = table.append_column("score", table[name].cast(pa.float32())).select([*kept, "score"])
+    table = table.filter(pa.compute.is_finite(table["score"].fill_null(np.nan)))
+    keys = sortable(table["score"].to_numpy(), rule.lowest)
     if not rule.per_class:
         return table, keys, np.zeros(len(keys), np.int64)
     labels = table["label"] if "label" in table.column_names else _labels_of(table, shard, run_uri)
@@ -154,7 +155,6 @@ def _selected(shard: int, run_uri: str, rule: Rule, cut: Cut, ties_before: np.nd
     """The rows of a shard that a rule selects, under the first columns of the manifest."""
     table, keys, classes = _scored(shard, run_uri, rule)
     rows = pa.array(_take(keys, classes, cut, ties_before))
-    table = table.append_column("score", table["_score"])
     if "label" not in table.column_names:
         table = table.append_column("label", _labels_of(table, shard, run_uri))
     return table.filter(rows).select(["key", "shard", "row", "label", "score"])
@@ -201,12 +201,12 @@ def select(run: Run, rule: Rule, name: str = "hard", samples_per_shard: int = 10
     outputs = list(_plan_outputs(run, rule, cut, samples_per_shard))
     progress = Progress(f"select {name}", len(outputs))
     uids = []
-    with storage.write_atomic(run.path("subsets", name, "manifest.parquet")) as stream:
-        with pq.ParquetWriter(stream, MANIFEST_SCHEMA) as writer:
-            for part in in_order(write_subset, outputs, run.uri, rule, cut, name):
-                writer.write_table(part)
-                uids += [digest[:32] for digest in part["sha256"].to_pylist()]
-                progress.shard(part.num_rows)
+    manifest = storage.write_atomic(run.path("subsets", name, "manifest.parquet"))
+    with manifest as stream, pq.ParquetWriter(stream, MANIFEST_SCHEMA) as writer:
+        for part in in_order(write_subset, outputs, run.uri, rule, cut, name):
+            writer.write_table(part)
+            uids += [digest[:32] for digest in part["sha256"].to_pylist()]
+            progress.shard(part.num_rows)
     _write_uids(run, name, uids)
     entry = {
         "source": source,

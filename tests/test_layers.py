@@ -1,0 +1,56 @@
+"""ops <- pipelines <- jobs, and no arrow back: read off the imports of every module."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FORBIDDEN = {
+    "ops": {"ray", "mlflow", "pipelines", "jobs", "logging", "webdataset"},
+    "pipelines": {"mlflow", "jobs"},
+    "jobs": set(),
+}
+MODULES = [path for package in FORBIDDEN for path in sorted((ROOT / package).glob("*.py"))]
+
+
+def imported(path: Path) -> set[str]:
+    """Full names of what a module imports, at any depth of its code."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path.name}: imports are absolute"
+            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: f"{path.parent.name}.{path.stem}")
+def test_a_layer_imports_nothing_of_the_layers_above(path):
+    tops = {name.partition(".")[0] for name in imported(path)}
+    assert not tops & FORBIDDEN[path.parent.name]
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: f"{path.parent.name}.{path.stem}")
+def test_cupy_is_imported_in_one_place(path):
+    if path.name != "arrays.py":
+        assert not {name for name in imported(path) if name.startswith("cupy")}
+
+
+@pytest.mark.parametrize("package", FORBIDDEN)
+def test_packages_re_export_nothing(package):
+    assert not imported(ROOT / package / "__init__.py")
+
+
+def test_modules_import_nothing_of_a_command():
+    commands = {path.stem for path in (ROOT / "jobs").glob("*.py")} - {
+        "command",
+        "options",
+        "session",
+        "stages",
+        "hardset",
+        "__init__",
+    }
+    for path in MODULES:
+        assert not {name for name in imported(path) if name in {f"jobs.{command}" for command in commands}}, path
