@@ -1,0 +1,84 @@
+"""The whole way on real handwritten digits with known faults, offline, in a few minutes.
+
+hardset demo
+"""
+
+import dataclasses
+import pathlib
+import sys
+from collections.abc import Sequence
+
+from jobs.command import Command, say
+from jobs.curate import main as curate
+from jobs.options import RunOptions
+from jobs.session import ray_session
+from pipelines import columns, storage
+from pipelines.digits import Faults, findings, write_digits
+from pipelines.gallery import contact_sheet
+from pipelines.run import Run
+from pipelines.summary import quarantine_reasons
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DemoOptions:
+    """Where the demo works."""
+
+    out: str = "demo"
+    """folder for the shards, the run, MLflow's database and the contact sheet; what it holds of an older demo goes"""
+    json: bool = False
+    """print one JSON object as the last line"""
+    ray_cpus: int | None = None
+    """CPU cores of the local Ray (default: all)"""
+
+
+def demo(options: DemoOptions) -> dict:
+    """Write the corpus, curate it, and say how well the faults were found."""
+    out = pathlib.Path(options.out).resolve()
+    for part in ("shards", "run"):
+        storage.remove_tree(str(out / part))
+    out.mkdir(parents=True, exist_ok=True)
+    faults = write_digits(str(out / "shards"))
+    run_uri, tracking = str(out / "run"), f"sqlite:///{out / 'mlflow.db'}"
+    say("1,797 handwritten digits, 5 % of the labels flipped, 25 % noisy at five severities, 6 broken files")
+    session = RunOptions(run=run_uri, mlflow=tracking, ray_cpus=options.ray_cpus)
+    with ray_session(session):
+        arguments = ["--shards", str(out / "shards"), "--run", run_uri, "--encoder", "pixels:8", "--mlflow", tracking]
+        status = curate([*arguments, "--per-class", "--max-bad-fraction", "0.01"])
+        if status:
+            raise SystemExit(status)
+        run = Run.open(run_uri)
+        found = findings(columns.load(run_uri, _SCORES), faults)
+        sheet = out / "hardest-and-easiest.png"
+        contact_sheet(run).save(sheet)
+    _show(found, run, faults)
+    say(f"\ncontact sheet: {sheet}\nhard subset:   {run.path('subsets', 'hard')}\nMLflow:        {tracking}")
+    return found | {"run": run_uri, "contact_sheet": str(sheet)}
+
+
+_SCORES = ["difficulty.rmd", "difficulty.margin", "difficulty.md", "embeddings.embedding"]
+
+
+def _show(found: dict, run: Run, faults: Faults) -> None:
+    auroc = found["auroc_flipped"]
+    say("\nfinding the flipped labels, AUROC: " + ", ".join(f"{name} {value:.3f}" for name, value in auroc.items()))
+    rows = " ".join(f"{value:8.2f}" for value in found["mean_rmd_by_severity"])
+    say(f"mean rmd by severity of noise, 0 to 5:        {rows}")
+    tenths = " ".join(f"{100 * value:5.1f}" for value in found["error_by_tenth"])
+    say(f"classifier's error in %, hardest to easiest tenth: {tenths}")
+    say(f"in quarantine, {len(faults.broken)} files broken on purpose:")
+    for reason, entry in quarantine_reasons(run).items():
+        say(
+            f"  {entry['count']} × {reason} ({entry['example']['key']}: {faults.broken.get(entry['example']['key'], '?')})"
+        )
+
+
+COMMAND = Command("demo", __doc__, (DemoOptions,), demo)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit status."""
+    return COMMAND.main(argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
