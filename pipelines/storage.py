@@ -1,0 +1,320 @@
+"""The one filesystem layer: local paths and object stores by URI; a file appears whole under its name or not at all.
+
+A URI is a local path (`~` and relative ones too), `file:…`, a scheme pyarrow knows (s3, gs, abfs, hdfs) or one fsspec
+knows. Object keys are taken literally, as the AWS tools take them: `%20` in an `s3://` URI is three characters, not a
+space (pyarrow alone would decode it). `file:` URIs are percent-decoded, as `Path.as_uri` writes them. S3 reads its
+endpoint, region and keys from the environment (`AWS_ENDPOINT_URL`, …) and options from the query (`?region=eu-west-1`).
+"""
+
+import contextlib
+import functools
+import os
+import re
+import secrets
+import tempfile
+import urllib.parse
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+import fsspec
+import pyarrow as pa
+import pyarrow.fs as pafs
+import pyarrow.parquet as pq
+
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://")
+_QUERY = re.compile(r"\?[a-z_]+=.*")
+_BUCKETS = ("s3", "gs", "gcs")
+_TEMPORARY = re.compile(r"\..+\.tmp-\d+-[0-9a-f]+")
+
+
+def scheme_of(uri: str | os.PathLike) -> str:
+    """The URI's scheme in lower case; "file" for a local path."""
+    found = _SCHEME.match(os.fspath(uri))
+    return found.group(1).lower() if found else "file"
+
+
+def local_path(uri: str | os.PathLike) -> Path | None:
+    """The absolute local path that `uri` names, None if it is not local. Symbolic links are kept."""
+    text = os.fspath(uri)
+    if scheme_of(text) != "file":
+        return None
+    if text.lower().startswith("file:"):
+        text = urllib.parse.unquote(re.sub(r"^//(localhost)?(?=/)", "", text[5:], flags=re.IGNORECASE))
+    return Path(os.path.abspath(os.path.expanduser(text)))
+
+
+def absolute(uri: str | os.PathLike) -> str:
+    """`uri` in a form that means the same in every process: absolute if local, without a trailing slash."""
+    path = local_path(uri)
+    return str(path) if path is not None else os.fspath(uri).rstrip("/")
+
+
+def split_query(uri: str | os.PathLike) -> tuple[str, str]:
+    """An object store's URI and its query (`?region=…`) with the mark, which may be empty; of others all is the name."""
+    text = os.fspath(uri)
+    found = _QUERY.search(text) if scheme_of(text) in _BUCKETS else None
+    return (text[: found.start()], found.group()) if found else (text, "")
+
+
+def open_filesystem(uri: str | os.PathLike) -> tuple[pafs.FileSystem, str]:
+    """The filesystem of `uri` and the path in it.
+
+    Parameters
+    ----------
+    uri : str or PathLike
+        Local path or URI (see the module's text); need not exist.
+
+    Returns
+    -------
+    filesystem : pyarrow.fs.FileSystem
+        fsspec's ones come wrapped.
+    path : str
+
+    Raises
+    ------
+    ValueError
+        If no filesystem is known for the scheme, or its settings are wrong. One line.
+    """
+    path = local_path(uri)
+    if path is not None:
+        return pafs.LocalFileSystem(), str(path)
+    text, scheme = os.fspath(uri), scheme_of(uri)
+    try:
+        if scheme in _BUCKETS:
+            return _open_bucket(text)
+        return pafs.FileSystem.from_uri(_quoted(text))
+    except pa.ArrowInvalid as error:
+        if "Unrecognized filesystem" in str(error):
+            return _open_fsspec(text)
+        raise ValueError(f"{text}: {_first_line(error)}") from error
+    except OSError as error:
+        raise ValueError(f"{text}: {_first_line(error)}") from error
+
+
+def join(uri: str | os.PathLike, *parts: str) -> str:
+    """`uri` with `parts` below it; a query (`?…`) stays at the end."""
+    base, query = split_query(uri)
+    return "/".join([base.rstrip("/"), *(part.strip("/") for part in parts if part)]) + query
+
+
+def exists(uri: str | os.PathLike) -> bool:
+    """Whether a file or a folder stands at `uri`."""
+    filesystem, path = open_filesystem(uri)
+    return filesystem.get_file_info(path).type != pafs.FileType.NotFound
+
+
+def list_infos(uri: str | os.PathLike, *, recursive: bool = True) -> list[tuple[str, pafs.FileInfo]]:
+    """(URI, info) of every file below a folder, in the order of the URIs; none if there is no such folder.
+
+    Hidden names, this layer's temporary files among them, are left out.
+    """
+    filesystem, root = open_filesystem(uri)
+    selector = pafs.FileSelector(root, recursive=recursive, allow_not_found=True)
+    found = []
+    for info in filesystem.get_file_info(selector):
+        below = _below(info.path, root)
+        if info.type == pafs.FileType.File and not any(part.startswith(".") for part in below.split("/")):
+            found.append((join(uri, below), info))
+    return sorted(found, key=lambda pair: pair[0])
+
+
+def list_files(uri: str | os.PathLike, suffix: str = "", *, recursive: bool = True) -> list[str]:
+    """The sorted URIs of the files below the folder `uri` whose name ends in `suffix`; hidden ones left out."""
+    return [name for name, info in list_infos(uri, recursive=recursive) if info.path.endswith(suffix)]
+
+
+def read_bytes(uri: str | os.PathLike) -> bytes:
+    """The whole content of a file."""
+    filesystem, path = open_filesystem(uri)
+    with filesystem.open_input_stream(path, compression=None) as stream:
+        return stream.read()
+
+
+def remove_tree(uri: str | os.PathLike) -> None:
+    """Delete the file, or the folder with all below it, if there is one. A link is unlinked, not followed."""
+    local = local_path(uri)
+    if local is not None and local.is_symlink():
+        local.unlink()
+        return
+    filesystem, path = open_filesystem(uri)
+    kind = filesystem.get_file_info(path).type
+    if kind == pafs.FileType.Directory:
+        filesystem.delete_dir(path)
+    elif kind != pafs.FileType.NotFound:
+        filesystem.delete_file(path)
+
+
+def remove_temporaries(uri: str | os.PathLike) -> int:
+    """Delete what killed writers left beside local outputs below `uri`; the number of files deleted.
+
+    Only where no other process is writing: a live writer's temporary file looks the same.
+    """
+    root = local_path(uri)
+    if root is None or not root.is_dir():
+        return 0
+    stale = [path for path in root.rglob(".*") if _TEMPORARY.fullmatch(path.name) and path.is_file()]
+    for path in stale:
+        path.unlink(missing_ok=True)
+    return len(stale)
+
+
+@contextlib.contextmanager
+def write_atomic(uri: str | os.PathLike, *, sync: bool = True) -> Iterator[BinaryIO]:
+    """A local binary file to write to; on leaving without an exception it appears whole at `uri`, else nothing does.
+
+    Locally the file is `.NAME.tmp-PID-RANDOM` beside the target, renamed over it at the end. For an object store it
+    lies in the temporary folder and goes up as one object after it is complete (an object is visible only once its
+    upload has ended). A filesystem that only fsspec knows is treated as an object store.
+
+    Parameters
+    ----------
+    uri : str or PathLike
+        Target; its folders are made. An existing file is replaced.
+    sync : bool
+        Flush the file to the disk before the rename, so that a power cut can't leave an empty one.
+    """
+    target = local_path(uri)
+    if target is not None:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = target.with_name(f".{target.name}.tmp-{os.getpid()}-{secrets.token_hex(4)}")
+        try:
+            yield from _written(temporary)
+            if sync:
+                _sync(temporary)
+            os.replace(temporary, target)
+        finally:
+            temporary.unlink(missing_ok=True)
+        return
+    with tempfile.TemporaryDirectory(prefix="hardset-") as folder:
+        temporary = Path(folder, "upload")
+        yield from _written(temporary)
+        _upload(temporary, uri)
+
+
+def write_text_atomic(uri: str | os.PathLike, text: str) -> None:
+    """Write `text` as UTF-8, whole or not at all."""
+    with write_atomic(uri) as file:
+        file.write(text.encode())
+
+
+def write_parquet_atomic(
+    tables: pa.Table | Iterable[pa.Table], uri: str | os.PathLike, schema: pa.Schema | None = None, **options: object
+) -> int:
+    """Write one Parquet file, whole or not at all; equal tables give equal bytes.
+
+    Parameters
+    ----------
+    tables : Table or iterable of Tables
+        Written one after the other as they come, each its own row groups; one in memory at a time.
+    schema : Schema, optional
+        With its metadata; by default the first table's. Needed where there may be no table. Tables are cast to it.
+    options
+        For `pyarrow.parquet.ParquetWriter`; zstd is the default compression.
+
+    Returns
+    -------
+    rows : int
+    """
+    stream = iter([tables] if isinstance(tables, pa.Table) else tables)
+    first = next(stream, None)
+    if schema is None:
+        if first is None:
+            raise ValueError(f"{os.fspath(uri)}: no table to write and no schema given")
+        schema = first.schema
+    rows = 0
+    with write_atomic(uri) as file, pq.ParquetWriter(file, schema, **{"compression": "zstd"} | options) as writer:
+        for table in _chain(first, stream):
+            writer.write_table(table if table.schema.equals(schema) else table.cast(schema))
+            rows += table.num_rows
+    return rows
+
+
+def check_writable(uri: str | os.PathLike) -> None:
+    """Raise a ValueError of one line unless files can be written below the folder `uri`. Makes no folder.
+
+    A probe is written and deleted: locally in the nearest folder that exists, on an object store below `uri` itself.
+    """
+    path = local_path(uri)
+    try:
+        if path is None:
+            probe = join(uri, f".hardset-probe-{secrets.token_hex(4)}")
+            with write_atomic(probe) as file:
+                file.write(b"probe")
+            remove_tree(probe)
+            return
+        folder = next(p for p in (path, *path.parents) if os.path.lexists(p))
+        if not folder.is_dir():
+            raise ValueError(f"{uri}: not writable, {folder} is not a folder; name another output folder")
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(f"{uri}: not writable ({_first_line(error)}); name another output folder") from error
+
+
+@functools.lru_cache(maxsize=64)
+def _bucket(root: str) -> tuple[pafs.FileSystem, str]:
+    # Cached: without a region in the URI pyarrow asks the store for it, one request each time.
+    return pafs.FileSystem.from_uri(root)
+
+
+def _open_bucket(uri: str) -> tuple[pafs.FileSystem, str]:
+    base, query = split_query(uri)
+    scheme, rest = base.split("://", 1)
+    bucket, _, key = rest.partition("/")
+    filesystem, root = _bucket(f"{scheme}://{bucket}{query}")
+    return filesystem, "/".join(part for part in (root.rstrip("/"), key.rstrip("/")) if part)
+
+
+def _open_fsspec(uri: str) -> tuple[pafs.FileSystem, str]:
+    try:
+        filesystem, path = fsspec.core.url_to_fs(uri)
+    except (ValueError, ImportError) as error:
+        raise ValueError(f"{uri}: no filesystem for it ({_first_line(error)})") from error
+    return pafs.PyFileSystem(pafs.FSSpecHandler(filesystem)), path
+
+
+def _quoted(uri: str) -> str:
+    scheme, rest = uri.split("://", 1)
+    return f"{scheme}://{urllib.parse.quote(rest, safe='/:@?&=+,;!$()*~')}"
+
+
+def _below(path: str, root: str) -> str:
+    root = root.rstrip("/")
+    return (
+        path[len(root) :].lstrip("/")
+        if path.startswith(root)
+        else path.lstrip("/").removeprefix(root.lstrip("/") + "/")
+    )
+
+
+def _chain(first: pa.Table | None, rest: Iterator[pa.Table]) -> Iterator[pa.Table]:
+    if first is not None:
+        yield first
+        yield from rest
+
+
+def _written(path: Path) -> Iterator[BinaryIO]:
+    with open(path, "xb") as file:
+        yield file
+
+
+def _sync(path: Path) -> None:
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+
+
+def _upload(source: Path, uri: str | os.PathLike) -> None:
+    filesystem, path = open_filesystem(uri)
+    if not isinstance(filesystem, pafs.S3FileSystem | pafs.GcsFileSystem):
+        filesystem.create_dir(path.rpartition("/")[0], recursive=True)
+    # One write of the mapped file: nothing of ours can fail between the first byte and the last, and a part that the
+    # store refuses makes the close fail too, so a partial object never gets its name.
+    with filesystem.open_output_stream(path, compression=None) as stream:
+        if source.stat().st_size:
+            with pa.memory_map(str(source)) as mapped:
+                stream.write(mapped.read_buffer())
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

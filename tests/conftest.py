@@ -1,0 +1,101 @@
+"""Shared by all tests: one local Ray, a real S3 server, real images and tars."""
+
+import io
+import os
+import socket
+import tarfile
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+# Before Ray is imported: it reads these then, and its workers inherit the others.
+os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+os.environ.setdefault("RAY_DATA_LOG_LEVEL", "WARNING")
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+os.environ.update(
+    AWS_ENDPOINT_URL=f"http://127.0.0.1:{_free_port()}",
+    AWS_ACCESS_KEY_ID="testing",
+    AWS_SECRET_ACCESS_KEY="testing",
+    AWS_DEFAULT_REGION="us-east-1",
+    AWS_EC2_METADATA_DISABLED="true",
+)
+
+
+@pytest.fixture(scope="session")
+def ray_session():
+    """A local Ray of 8 logical cores for all tests."""
+    import ray
+
+    ray.init(
+        address="local", num_cpus=8, include_dashboard=False, object_store_memory=200 << 20, log_to_driver=False,
+        logging_level="warning",
+    )  # fmt: skip
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    yield ray
+    ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def s3_server():
+    """Endpoint of a real S3 protocol server; the environment names it from the start, so Ray's workers know it too."""
+    from moto.server import ThreadedMotoServer
+
+    endpoint = os.environ["AWS_ENDPOINT_URL"]
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=int(endpoint.rsplit(":", 1)[1]), verbose=False)
+    server.start()
+    yield endpoint
+    server.stop()
+
+
+@pytest.fixture
+def s3_folder(s3_server, request):
+    """`s3://BUCKET/folder` in a fresh bucket."""
+    import boto3
+
+    bucket = "bucket-" + os.urandom(6).hex()
+    boto3.client("s3", endpoint_url=s3_server).create_bucket(Bucket=bucket)
+    return f"s3://{bucket}/folder"
+
+
+@pytest.fixture(scope="session")
+def make_image():
+    """make_image(seed, size=16, format="JPEG") -> the bytes of a small picture that is not uniform."""
+
+    def make(seed: int, size: int = 16, format: str = "JPEG") -> bytes:
+        pixels = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
+        buffer = io.BytesIO()
+        Image.fromarray(pixels).resize((size, size)).save(buffer, format)
+        return buffer.getvalue()
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_shard():
+    """make_shard(path, samples) -> the path, where a real tar now is; samples: (key, {suffix: bytes}) in order.
+
+    `make_shard(path, members=[(name, bytes), …])` where names don't follow from keys.
+    """
+
+    def make(path: Path, samples: Iterable[tuple[str, dict[str, bytes]]] = (), members=(), format=tarfile.PAX_FORMAT):
+        members = [*((f"{key}.{suffix}", data) for key, parts in samples for suffix, data in parts.items()), *members]
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        with tarfile.open(path, "w", format=format) as tar:
+            for name, data in members:
+                info = tarfile.TarInfo(name)
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+        return str(path)
+
+    return make
