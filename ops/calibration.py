@@ -25,7 +25,8 @@ from ops.checks import (
 
 BINNINGS = ("width", "mass")
 TEMPERATURE_BOUNDS = (1e-3, 1e3)
-_BLOCK = 1 << 22  # entries of an N x K matrix that are held in float64 at a time (32 MiB)
+_BLOCK = 1 << 18  # entries of an N x K matrix worked on at a time: 2 MiB in float64, which stay in the cache
+_COLUMNS = 1 << 24  # the same where columns are fetched: 128 MiB
 
 
 class ReliabilityCurve(NamedTuple):
@@ -118,7 +119,7 @@ def per_class_calibration_error(probs: Array, labels: Array, bins: int = 15, bin
 
     Notes
     -----
-    The terms of Zhou et al., eq. 12. Time O(nK) ("mass": O(nK log n)); extra memory 32 MiB, whatever n·K is.
+    The terms of Zhou et al., eq. 12. Time O(nK) ("mass": O(nK log n)); extra memory 128 MiB, whatever K is.
     """
     array, labels_np = _check_probs(probs, labels)
     errors = np.empty(array.shape[1])
@@ -382,7 +383,7 @@ def _by_rows(array: np.ndarray, function: Callable[[np.ndarray], np.ndarray]) ->
 def _columns(array: np.ndarray) -> Iterator[np.ndarray]:
     """The columns in float64, fetched several at a time: single columns of a wide matrix would read it K times."""
     n, num_classes = array.shape
-    step = max(1, min(64, _BLOCK // n))
+    step = max(1, min(64, _COLUMNS // n))
     for start in range(0, num_classes, step):
         yield from np.ascontiguousarray(array[:, start : start + step].T, dtype=np.float64)
 

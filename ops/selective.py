@@ -405,12 +405,12 @@ def _check_outcomes(confidence: Array, correct: Array) -> tuple[np.ndarray, np.n
     return confidence, correct
 
 
-def _negative_entropy(probs: np.ndarray, rows_per_block: int = 65536) -> np.ndarray:
-    """1 − H/ln K of each row; 1 if K = 1."""
+def _negative_entropy(probs: np.ndarray, block: int = 1 << 18) -> np.ndarray:
+    """1 − H/ln K of each row; 1 if K = 1. `block` entries are held in float64 at a time."""
     if probs.shape[1] == 1:
         return np.ones(len(probs))
-    starts = range(0, len(probs), rows_per_block)
-    entropies = [entr(probs[i : i + rows_per_block].astype(np.float64)).sum(axis=1) for i in starts]
+    step = max(1, block // probs.shape[1])
+    entropies = [entr(probs[i : i + step].astype(np.float64)).sum(axis=1) for i in range(0, len(probs), step)]
     return 1 - np.concatenate(entropies) / np.log(probs.shape[1])
 
 
