@@ -7,11 +7,8 @@ Sorscher et al. 2022, "Beyond neural scaling laws", for the k-means distance.
 from typing import Literal, NamedTuple
 
 import numpy as np
-import torch
-from sklearn.cluster import KMeans, MiniBatchKMeans
-from sklearn.metrics import pairwise_distances_argmin
 
-from ops.arrays import Array, as_ndarray, like, namespace, to_numpy
+from ops.arrays import Array, as_ndarray, is_tensor, like, namespace, to_numpy
 from ops.checks import check_choice, check_matrix, check_range, check_vector
 
 SCALES = ("none", "per_dim", "standardize", "minmax")
@@ -155,6 +152,8 @@ def kmeans_difficulty(features: Array, k: int | None = None, seed: int = 0, *, c
     Sorscher et al. 2022. scikit-learn finds the nearest centre; its distance is taken again from the difference,
     as the expanded form ||x||² - 2xc + ||c||² loses the digits of a sample close to its centre. Runs on the host.
     """
+    from sklearn.metrics import pairwise_distances_argmin  # seconds to import, which weights need not wait for
+
     check_matrix("features", features)
     x = to_numpy(features)
     x = x.astype(np.float32) if x.dtype == np.float16 else x
@@ -176,6 +175,8 @@ def fit_centers(features: Array, k: int, seed: int = 0) -> np.ndarray:
     ValueError
         Wrong shape, NaN, or k outside [1, n].
     """
+    from sklearn.cluster import KMeans, MiniBatchKMeans
+
     check_matrix("features", features)
     x = to_numpy(features)
     check_range("k", k, 1, len(x))
@@ -200,7 +201,7 @@ def _finite_float64(name: str, x: Array) -> Array:
 def _as_given(values: Array, reference: Array) -> Array:
     """float64 `values` in the float type and kind of `reference` (integers become float64)."""
     result = like(values, reference)
-    if isinstance(reference, torch.Tensor):
+    if is_tensor(reference):
         return result.to(reference.dtype) if reference.is_floating_point() else result
     kind = getattr(reference, "dtype", np.dtype(np.float64))
     return result.astype(kind) if kind.kind == "f" else result

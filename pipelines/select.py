@@ -77,7 +77,7 @@ class Cut:
 
 def sortable(scores: np.ndarray, lowest: bool = False) -> np.ndarray:
     """float32 scores as uint32 in the same order (reversed with `lowest`), so that bits can be selected on."""
-    bits = np.ascontiguousarray(scores, np.float32).view(np.uint32)
+    bits = (np.ascontiguousarray(scores, np.float32) + 0.0).view(np.uint32)  # + 0.0: -0.0 equals 0.0
     keys = np.where(bits >> 31, ~bits, bits | np.uint32(1 << 31))
     return ~keys if lowest else keys
 
@@ -87,7 +87,7 @@ def _scored(shard: int, run_uri: str, rule: Rule) -> tuple[pa.Table, np.ndarray,
     group, name = columns.split_name(rule.by)
     kept = [n for n in ("key", "shard", "row", "label") if n in columns.schema(run_uri, group, shard).names]
     table = columns.read(run_uri, group, shard, [*kept, name])
-    table = table.append_column("score", table[name].cast(pa.float32())).select([*kept, "score"])
+    table = table.select(kept).append_column("score", table[name].cast(pa.float32()))
     table = table.filter(pa.compute.is_finite(table["score"].fill_null(np.nan)))
     keys = sortable(table["score"].to_numpy(), rule.lowest)
     if not rule.per_class:
