@@ -1,0 +1,124 @@
+"""Options, errors and exit status, as a person meets them."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+
+import pytest
+
+from jobs import hardset
+from jobs.command import Command
+from pipelines.run import StageFailed
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Toy:
+    """Toys.
+
+    They have more lines.
+    """
+
+    size_cm: float = 2.5
+    """length in cm, in (0, 100]"""
+    count: int | float = 0.1
+    """fraction or number"""
+    fast: bool = False
+    """whether it is fast"""
+    names: list[str] = dataclasses.field(default_factory=list)
+    """what it is called"""
+    json: bool = False
+    """one JSON object"""
+
+    def __post_init__(self):
+        if self.size_cm <= 0:
+            raise ValueError(f"--size-cm {self.size_cm}: must be above 0")
+
+
+def command(body=dataclasses.asdict):
+    return Command("toy", "Play.", (Toy,), body)
+
+
+def parsed(*argv):
+    return command().parse(list(argv))[0]
+
+
+def test_flags_over_file_over_defaults(tmp_path):
+    config = tmp_path / "toy.yaml"
+    config.write_text("size_cm: 7\nfast: true\nnames: [a, b]\n")
+    assert parsed("--config", str(config), "--size-cm", "9") == Toy(size_cm=9, fast=True, names=["a", "b"])
+
+
+def test_dashes_and_underscores_are_alike():
+    assert parsed("--size_cm=3", "--names", "x_y", "z") == parsed("--size-cm", "3", "--names", "x_y", "z")
+
+
+def test_whole_numbers_and_fractions_are_told_apart():
+    assert parsed("--count", "500").count == 500 and isinstance(parsed("--count", "500").count, int)
+    assert parsed("--count", "0.5").count == 0.5
+
+
+@pytest.mark.parametrize(
+    ("argv", "named"),
+    [
+        (["--size-cm", "long"], "size_cm"),
+        (["--size-cm", "-1"], "--size-cm -1"),
+        (["--colour", "red"], "--colour"),
+        (["--config", "no-such.yaml"], "no-such.yaml"),
+    ],
+)
+def test_a_mistake_is_one_line_and_status_2(argv, named, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        command().main(argv)
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert exit_.value.code == 2 and len(lines) == 1
+    assert named in lines[0] and lines[0].startswith("hardset toy: error:")
+
+
+@pytest.mark.parametrize(
+    ("error", "status"), [(ValueError("--x: bad"), 2), (StageFailed("kept"), 1), (OSError("disk"), 1)]
+)
+def test_errors_become_status_and_one_line(error, status, capsys):
+    def fail(_):
+        raise error
+
+    assert command(fail).main([]) == status
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1 and str(error) in lines[0]
+
+
+def test_a_bug_keeps_its_traceback():
+    def bug(_):
+        raise KeyError("bug")
+
+    with pytest.raises(KeyError):
+        command(bug).main([])
+
+
+def test_json_is_the_last_line(capsys):
+    assert command().main(["--json"]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["size_cm"] == 2.5
+
+
+def test_every_command_explains_every_option(capsys):
+    for name in hardset.COMMANDS:
+        with pytest.raises(SystemExit) as exit_:
+            hardset.main([name, "--help"])
+        text = " ".join(capsys.readouterr().out.split())
+        assert exit_.value.code == 0
+        assert "default:" in text and "--config" in text, name
+
+
+def test_usage_lists_every_command(capsys):
+    assert hardset.main(["--help"]) == 0
+    out = capsys.readouterr().out
+    assert all(f"  {name} " in out for name in hardset.COMMANDS)
+    assert hardset.main(["no-such"]) == 2
+
+
+def test_the_module_form_is_the_same():
+    done = subprocess.run(
+        [sys.executable, "-m", "jobs.inspect", "--run", "nowhere"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert done.stderr.strip().splitlines()[-1].startswith("hardset inspect: error: --run nowhere")
