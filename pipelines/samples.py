@@ -127,6 +127,11 @@ class SampleNumbering:
     The key is the path up to the first dot of the last part, the suffix what follows, in lower case; members of a
     sample stand together. A member whose suffix the sample has already starts another sample of the same key. The
     numbers depend on the members' names alone: not on labels, nor on what is in a member.
+
+    Attributes
+    ----------
+    ignored : int
+        Members so far that belong to no sample.
     """
 
     def __init__(self):
@@ -135,6 +140,7 @@ class SampleNumbering:
         self._suffixes: set[str] = set()
         self._seen: set[str] = set()
         self._duplicate = False
+        self.ignored = 0
 
     def place(self, member: Member) -> Place | None:
         """None for what is in no sample: folders, names without a suffix, hidden names, webdataset's `__meta__`."""
@@ -142,6 +148,7 @@ class SampleNumbering:
         start = name.rfind("/") + 1
         dot = name.find(".", start)
         if dot <= start or member.kind == "folder" or (name.startswith("__") and _META.match(name)):
+            self.ignored += 1
             return None
         key, suffix = name[:dot], name[dot + 1 :].lower()
         if key != self._key or suffix in self._suffixes:
@@ -153,7 +160,12 @@ class SampleNumbering:
         return Place(self._row, key, suffix, self._duplicate)
 
 
-def read_samples(tar: TarStream, labels: LabelSource, max_image_bytes: int = MAX_IMAGE_BYTES) -> Iterator[Entry]:
+def read_samples(
+    tar: TarStream,
+    labels: LabelSource,
+    max_image_bytes: int = MAX_IMAGE_BYTES,
+    numbering: SampleNumbering | None = None,
+) -> Iterator[Entry]:
     """The samples of a tar in their order, those left out with the reason, at its damage one entry for the rest.
 
     A sample that is open where the damage begins stays if all that it needs was read, and is part of the rest if not.
@@ -165,13 +177,15 @@ def read_samples(tar: TarStream, labels: LabelSource, max_image_bytes: int = MAX
     labels : LabelSource
     max_image_bytes : int
         A larger image is passed over, not read.
+    numbering : SampleNumbering, optional
+        A fresh one, to be asked for its counts afterwards.
 
     Yields
     ------
     entry : Entry
         Rows count from 0 without a gap. At most one image is in memory.
     """
-    numbering, sample = SampleNumbering(), None
+    numbering, sample = numbering or SampleNumbering(), None
     try:
         while (member := tar.next()) is not None:
             place = numbering.place(member)

@@ -93,7 +93,7 @@ def _look_up(urls: list[str], source: str) -> list[pafs.FileInfo]:
             return [info(url) for url in urls]
         with ThreadPoolExecutor(STAT_THREADS) as pool:
             return list(pool.map(info, urls))
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise ValueError(f"--shards {source}: the shards can't be looked up ({_line(error)})") from error
 
 
@@ -147,7 +147,7 @@ def _regex(pattern: str) -> str:
 def _listed(folder: str, recursive: bool) -> list[tuple[str, pafs.FileInfo]]:
     try:
         return storage.list_infos(folder, recursive=recursive)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise ValueError(f"--shards {folder}: the shards there can't be listed ({_line(error)})") from error
 
 

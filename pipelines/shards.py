@@ -23,7 +23,7 @@ from ray.data.datasource import Datasource, ReadTask
 from pipelines import storage
 from pipelines.samples import IMAGE_SUFFIXES, MAX_IMAGE_BYTES, Entry, LabelSource, SampleNumbering, read_samples
 from pipelines.shardlist import find_shards
-from pipelines.tarstream import BLOCK, ByteStream, Member, StorageError, TarDamage, TarStream
+from pipelines.tarstream import BLOCK, CHUNK_BYTES, ByteStream, Member, StorageError, TarDamage, TarStream
 
 # Ray's default of 128 MiB made a reader take 464-494 MiB of memory; 16 MiB blocks made it 237.
 BLOCK_BYTES = 16 << 20
@@ -114,7 +114,8 @@ def read_shards(
     -------
     dataset : ray.data.Dataset
         Blocks of a shard hold its rows in order. Its last row has `end`, JSON with `entries` (rows of this shard
-        before that one), `samples` (numbered, good or not), `left_out`, `digest` (sha256), `bytes`, `seconds` (spent
+        before that one), `samples` (numbered, good or not), `left_out`,
+        `ignored` (members of no sample, such as README), `digest` (sha256), `bytes`, `seconds` (spent
         reading). entries = samples, plus one if the shard has an unreadable rest. A shard's blocks are the same each
         time it is read (but for `seconds`).
     """
@@ -246,9 +247,10 @@ class _TableBuilder:
 def _tables(
     number: int, shard: Shard, labels: LabelSource, block_bytes: int, max_image_bytes: int
 ) -> Iterator[pa.Table]:
-    stream, builder, samples, left_out = _open(shard.url), _TableBuilder(number), 0, 0
+    stream, builder, numbering = _open(shard.url), _TableBuilder(number), SampleNumbering()
+    samples = left_out = 0
     try:
-        for entry in read_samples(TarStream(stream), labels, max_image_bytes):
+        for entry in read_samples(TarStream(stream), labels, max_image_bytes, numbering):
             # Before adding, so that the rest of a cut shard is only told after the size was checked below.
             if builder.bytes >= block_bytes:
                 yield builder.table()
@@ -266,6 +268,7 @@ def _tables(
         {
             "samples": samples,
             "left_out": left_out,
+            "ignored": numbering.ignored,
             "digest": stream.digest(),
             "bytes": stream.position,
             "seconds": stream.seconds,
@@ -278,7 +281,7 @@ def _open(url: str) -> ByteStream:
         filesystem, path = storage.open_filesystem(url)
         return filesystem.open_input_stream(path, compression=None)
 
-    return ByteStream(open_raw)
+    return ByteStream(open_raw, CHUNK_BYTES)
 
 
 def _digest(url: str) -> str:
@@ -382,3 +385,28 @@ def _copy_member(tar: TarStream, member: Member, sample: SubsetSample, writer: _
 
     writer.add(sample.key + member.name[len(sample.source_key) :], member.size, hashed())
     return digest.hexdigest()
+
+
+def read_images(shard: Shard, rows: Sequence[int]) -> Iterator[tuple[int, bytes]]:
+    """The encoded images of some rows of a shard, in its order; reads no further than the last of them.
+
+    Raises
+    ------
+    StorageError
+        If the shard ends, or is damaged, before it.
+    """
+    numbering, wanted = SampleNumbering(), set(rows)
+    stream = _open(shard.url)
+    try:
+        tar = TarStream(stream)
+        while wanted and (member := tar.next()) is not None:
+            place = numbering.place(member)
+            if place is not None and place.row in wanted and place.suffix in IMAGE_SUFFIXES:
+                wanted.discard(place.row)
+                yield place.row, tar.body()
+    except TarDamage as damage:
+        raise StorageError(f"shard {shard.url}: {damage}") from damage
+    finally:
+        stream.close()
+    if wanted:
+        raise StorageError(f"shard {shard.url} no longer holds row {min(wanted)}; embed it again")

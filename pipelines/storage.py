@@ -231,9 +231,10 @@ def write_parquet_atomic(
 
 
 def check_writable(uri: str | os.PathLike) -> None:
-    """Raise a ValueError of one line unless files can be written below the folder `uri`. Makes no folder.
+    """Raise a ValueError of one line unless files can be written below the folder `uri`.
 
-    A probe is written and deleted: locally in the nearest folder that exists, on an object store below `uri` itself.
+    A probe is written and deleted: locally in the nearest folder that exists, so no folder is made, on an object store
+    below `uri` itself, where an empty folder marker may stay.
     """
     path = local_path(uri)
     try:

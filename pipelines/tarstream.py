@@ -76,6 +76,9 @@ class ByteStream:
 
     def skip(self, size: int) -> int:
         """Pass over `size` bytes; how many there were."""
+        if self._offset + size <= len(self._chunk):
+            self._offset += size
+            return size
         start = self.position
         while size > 0 and (self._offset < len(self._chunk) or self._refill()):
             step = min(size, len(self._chunk) - self._offset)
@@ -127,19 +130,23 @@ class TarStream:
 
     def next(self) -> Member | None:
         """The next member's header; None after a proper end of the archive."""
-        if self._left:
-            self.skip()
-        self._skip_padding()
+        self.skip()
+        if self._padding:
+            self._skip_padding()
         extended: dict[str, str] = {}
+        pending = False
         while True:
             position = self._stream.position
             header = self._header(position)
             if header is None:
+                if pending:
+                    raise TarDamage(f"extended header without a member at byte {position}")
                 return self._end(position)
             kind = header[156:157]
             size = _number(header[124:136], position)
             if kind in b"LKxg":
                 self._extend(kind, size, position, extended)
+                pending = pending or kind != b"g"
                 continue
             return self._start(header, kind, size, position, extended)
 
@@ -161,8 +168,8 @@ class TarStream:
             raise self._truncated()
 
     def skip(self) -> None:
-        """Pass over the body of the current member."""
-        if self._stream.skip(self._left) < self._left:
+        """Pass over what is left of the current member's body."""
+        if self._left and self._stream.skip(self._left) < self._left:
             raise self._truncated()
         self._left = 0
 
@@ -193,7 +200,7 @@ class TarStream:
         if "size" in fields:
             size = _decimal(fields["size"], position)
         name = fields.get("path") or _name(header)
-        sparse = kind == b"S" or (fields and any(field.startswith("GNU.sparse.") for field in fields))
+        sparse = kind == b"S" or "sparse" in fields
         if kind == b"S":
             self._skip_sparse_maps(header)
         self._left = 0 if kind in _BODILESS else size
@@ -276,8 +283,10 @@ def _pax_records(data: bytes, position: int) -> dict[str, str]:
         if not space < end <= len(data) or data[end - 1 : end] != b"\n":
             raise TarDamage(f"bad pax header at byte {position}")
         keyword, _, value = data[space + 1 : end - 1].partition(b"=")
-        if keyword in (b"path", b"size") or keyword.startswith(b"GNU.sparse."):
-            records[_text(keyword)] = _text(value)
+        if keyword in (b"path", b"size"):
+            records[keyword.decode()] = _text(value)
+        elif keyword.startswith(b"GNU.sparse."):
+            records["sparse"] = "yes"
         start = end
     return records
 
