@@ -176,6 +176,14 @@ def read_shard(
             _wait_or_raise(shard.url, attempt, error)
 
 
+def read_images(shard: Shard, rows: Sequence[int]) -> list[tuple[int, bytes]]:
+    """(row, encoded image) of chosen samples of a shard, in its order; what lies behind the last one is not read.
+
+    StorageError if the storage fails, its kind ShardChanged if the shard does not hold a row's image any more.
+    """
+    return _with_retries(shard.url, lambda: _images(shard, set(rows)))
+
+
 class SubsetSample(NamedTuple):
     """A sample in a subset: where it came from, its key there and here, sha256 of its image's bytes (hexadecimal)."""
 
@@ -276,6 +284,28 @@ def _tables(
     )
 
 
+def _images(shard: Shard, wanted: set[int]) -> list[tuple[int, bytes]]:
+    found: dict[int, bytes] = {}
+    why, stream = "it ends before", _open(shard.url)
+    try:
+        tar, numbering = TarStream(stream), SampleNumbering()
+        while len(found) < len(wanted) and (member := tar.next()) is not None:
+            place = numbering.place(member)
+            if place is not None and place.row in wanted and place.suffix in IMAGE_SUFFIXES and member.kind == "file":
+                found[place.row] = tar.body()
+    except TarDamage as damage:
+        why = str(damage)
+    finally:
+        stream.close()
+    _check_found(shard, wanted - found.keys(), why)
+    return sorted(found.items())
+
+
+def _check_found(shard: Shard, missing: set[int], why: str) -> None:
+    if missing:
+        raise ShardChanged(f"shard {shard.url} holds no image of row {min(missing)} any more: {why}; embed it again")
+
+
 def _open(url: str) -> ByteStream:
     def open_raw() -> BinaryIO:
         filesystem, path = storage.open_filesystem(url)
@@ -350,9 +380,7 @@ def _copy_samples(shard: Shard, number: int, rows: Sequence[int], writer: _Subse
         why = str(damage)
     finally:
         stream.close()
-    missing = [row for row in rows if row not in copied or not copied[row].sha256]
-    if missing:
-        raise ShardChanged(f"shard {shard.url} holds no image of row {missing[0]} any more: {why}; embed it again")
+    _check_found(shard, {row for row in rows if row not in copied or not copied[row].sha256}, why)
     return [copied[row] for row in rows]
 
 
@@ -385,28 +413,3 @@ def _copy_member(tar: TarStream, member: Member, sample: SubsetSample, writer: _
 
     writer.add(sample.key + member.name[len(sample.source_key) :], member.size, hashed())
     return digest.hexdigest()
-
-
-def read_images(shard: Shard, rows: Sequence[int]) -> Iterator[tuple[int, bytes]]:
-    """The encoded images of some rows of a shard, in its order; reads no further than the last of them.
-
-    Raises
-    ------
-    StorageError
-        If the shard ends, or is damaged, before it.
-    """
-    numbering, wanted = SampleNumbering(), set(rows)
-    stream = _open(shard.url)
-    try:
-        tar = TarStream(stream)
-        while wanted and (member := tar.next()) is not None:
-            place = numbering.place(member)
-            if place is not None and place.row in wanted and place.suffix in IMAGE_SUFFIXES:
-                wanted.discard(place.row)
-                yield place.row, tar.body()
-    except TarDamage as damage:
-        raise StorageError(f"shard {shard.url}: {damage}") from damage
-    finally:
-        stream.close()
-    if wanted:
-        raise StorageError(f"shard {shard.url} no longer holds row {min(wanted)}; embed it again")

@@ -24,6 +24,7 @@ from pipelines.shards import (
     ShardChanged,
     ShardSource,
     expand_shards,
+    read_images,
     read_shard,
     read_shards,
     write_subset_shard,
@@ -281,6 +282,18 @@ def test_rows_of_the_reader_are_rows_of_the_writer(tmp_path, make_shard):
     assert [w.sha256 for w in written] == [hashlib.sha256(row["image"]).hexdigest() for row in kept]
     with tarfile.open(tmp_path / "o.tar") as tar:
         assert [m.name for m in tar] == ["a.jpg", "d.jpg", "d.txt", "e.png"]
+
+
+def test_images_of_chosen_rows(shard, flaky):
+    expected = [(row, sample(row)[1]["jpg"]) for row in (0, 7, 99)]
+    assert read_images(shard, [99, 0, 7]) == expected
+    Flaky.fail_at = [100_000]
+    assert read_images(flaky, [99, 0, 7]) == expected and Flaky.opened == 2
+    Flaky.opened = 0
+    with pytest.raises(ShardChanged, match="no image of row 100 any more: it ends before"):
+        read_images(flaky, [5, 100])
+    assert Flaky.opened == 1
+    assert read_images(shard, []) == []
 
 
 def test_nothing_is_unpickled_run_or_written(tmp_path, make_shard, monkeypatch):
