@@ -31,7 +31,8 @@ class OneLineParser(ArgumentParser):
 class Command:
     """A command: its name, the groups of options that it takes, and the function that is called with them in that order.
 
-    The function returns what `--json` prints: counts, seconds, paths, metrics.
+    The function returns what `--json` prints: counts, seconds, paths, metrics. It imports pipelines itself, so that
+    --help and mistakes in options do not wait for torch and Ray.
     """
 
     name: str
@@ -51,7 +52,7 @@ class Command:
 
     def parse(self, argv: list[str]) -> list[Any]:
         """One instance of each group, from flags over a YAML file over defaults. SystemExit(2) on a mistake."""
-        parser = OneLineParser(prog=f"hardset {self.name}", description=self.summary)
+        parser = OneLineParser(prog=f"hardset {self.name}", description=self.summary.strip().splitlines()[0])
         parser.add_argument("--config", action=ActionConfigFile, help="YAML file of these options; flags override it")
         for group in self.groups:
             _add_options(parser, group)

@@ -6,7 +6,6 @@ hardset curate --shards 'DIR/train-{000000..000049}.tar' --run RUN --encoder ope
 import sys
 from collections.abc import Sequence
 
-from jobs import stages
 from jobs.command import Command
 from jobs.options import CorpusOptions, GaussianOptions, RunOptions, SelectOptions, WeightOptions, WorkerOptions
 from jobs.session import ray_session, tracked
@@ -21,6 +20,8 @@ def curate(
     selection: SelectOptions,
 ) -> dict:
     """All stages, one after the other; each does only what is missing."""
+    from jobs import stages
+
     groups = (corpus, workers, gaussians, weights, selection)
     run = stages.open_run(options, corpus)
     with tracked("curate", options, *groups) as tracker, ray_session(options):

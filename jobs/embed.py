@@ -6,7 +6,6 @@ hardset embed --run RUN --shards SHARDS --encoder ENCODER
 import sys
 from collections.abc import Sequence
 
-from jobs import stages
 from jobs.command import Command
 from jobs.options import CorpusOptions, GaussianOptions, RunOptions, WeightOptions, WorkerOptions
 from jobs.session import ray_session, tracked
@@ -20,6 +19,8 @@ def embed(
     weights: WeightOptions,
 ) -> dict:
     """Embed the shards that are not embedded yet."""
+    from jobs import stages
+
     run = stages.open_run(options, corpus)
     with tracked("embed", options, corpus, workers) as tracker, ray_session(options):
         result = {"run": run.uri, "embed": stages.embed(run, workers)}

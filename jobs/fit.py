@@ -6,7 +6,6 @@ hardset fit --run RUN
 import sys
 from collections.abc import Sequence
 
-from jobs import stages
 from jobs.command import Command
 from jobs.options import CorpusOptions, GaussianOptions, RunOptions, WeightOptions, WorkerOptions
 from jobs.session import ray_session, tracked
@@ -20,6 +19,8 @@ def fit(
     weights: WeightOptions,
 ) -> dict:
     """Fit the class-conditional and class-agnostic Gaussians, unless they are up to date."""
+    from jobs import stages
+
     run = stages.open_run(options, corpus)
     with tracked("fit", options, gaussians) as tracker, ray_session(options):
         result = {"run": run.uri, "fit": stages.fit(run, gaussians, workers)}

@@ -8,12 +8,13 @@ from collections.abc import Sequence
 
 from jobs.command import Command, say
 from jobs.options import RunOptions
-from pipelines.run import Run
-from pipelines.summary import summarize
 
 
 def inspect(options: RunOptions) -> dict:
     """Print the summary of a run; reads only."""
+    from pipelines.run import Run
+    from pipelines.summary import summarize
+
     summary = summarize(Run.open(options.run))
     if not options.json:
         _show(summary)

@@ -6,7 +6,6 @@ hardset score --run RUN
 import sys
 from collections.abc import Sequence
 
-from jobs import stages
 from jobs.command import Command
 from jobs.options import CorpusOptions, GaussianOptions, RunOptions, WeightOptions, WorkerOptions
 from jobs.session import ray_session, tracked
@@ -20,6 +19,8 @@ def score(
     weights: WeightOptions,
 ) -> dict:
     """Write the difficulty columns of the shards whose inputs changed."""
+    from jobs import stages
+
     run = stages.open_run(options, corpus)
     with tracked("score", options, gaussians, weights) as tracker, ray_session(options):
         if gaussians.gaussians is not None:

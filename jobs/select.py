@@ -6,15 +6,16 @@ hardset select --run RUN --by difficulty.rmd --top 0.1 --per-class --name hard
 import sys
 from collections.abc import Sequence
 
-from jobs import stages
 from jobs.command import Command
 from jobs.options import RunOptions, SelectOptions
 from jobs.session import ray_session, tracked
-from pipelines.run import Run
 
 
 def select(options: RunOptions, selection: SelectOptions) -> dict:
     """Write the subset, unless it is there and up to date."""
+    from jobs import stages
+    from pipelines.run import Run
+
     run = Run.open(options.run)
     stages.rule(selection)  # a rule that cannot be is refused before Ray starts
     with tracked("select", options, selection) as tracker, ray_session(options):

@@ -2,32 +2,39 @@
 
 import contextlib
 import dataclasses
+import logging
 import os
 import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-# Before the first import of Ray: its data plane prints 29 lines per dataset otherwise, and under `uv run` it would
-# start every worker through uv.
-os.environ.setdefault("RAY_DATA_LOG_LEVEL", "WARNING")
-os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
-os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-
-import ray
-
 from jobs.options import RunOptions
+
+# Read when Ray is imported, which therefore happens inside the functions below: its data plane would print 29 lines per
+# dataset, its core a warning per pool of actors, and under `uv run` it would start every worker through uv.
+QUIET = {
+    "RAY_DATA_LOG_LEVEL": "ERROR",
+    "RAY_BACKEND_LOG_LEVEL": "fatal",
+    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+}
+for name, value in QUIET.items():
+    os.environ.setdefault(name, value)
 
 
 @contextlib.contextmanager
 def ray_session(options: RunOptions) -> Iterator[None]:
     """A connection to Ray: the one that is there, the cluster asked for, or a local one that ends with the command."""
+    import ray
+
     if ray.is_initialized():
         yield
         return
     address = os.environ.get("RAY_ADDRESS", "local") if options.ray_address == "auto" else options.ray_address
     own = {"num_cpus": options.ray_cpus, "include_dashboard": False} if address == "local" else {}
     try:
-        ray.init(address=address, log_to_driver=False, logging_level="warning", **own)
+        ray.init(address=address, log_to_driver=False, logging_level="error", **own)
     except ConnectionError as error:
         raise ValueError(f"--ray-address {address}: no Ray there ({error})") from None
     context = ray.data.DataContext.get_current()
@@ -67,10 +74,10 @@ def tracked(command: str, options: RunOptions, *config: Any) -> Iterator[Tracker
     if uri == "none":
         yield Tracker()
         return
-    import logging
-
-    logging.getLogger("alembic").setLevel(logging.WARNING)
     import mlflow
+
+    for noisy in ("alembic", "mlflow"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
 
     try:
         mlflow.set_tracking_uri(uri)

@@ -104,10 +104,14 @@ def fit(run: Run, gaussians: GaussianOptions, workers: WorkerOptions) -> dict[st
     entry = fitting.fit(run, _shrinkage(gaussians.shrinkage), resources(workers).device)
     done = "already fitted on" if entry["skipped"] else f"{duration(entry['seconds'])},"
     say(
-        f"fit: {done} {entry['samples']:,} samples, {entry['classes']} classes, d = {entry['width']}; rank {entry['rank']}, "
-        f"condition {entry['condition']}, shrinkage {entry['shrinkage']}"
+        f"fit: {done} {entry['samples']:,} samples, {entry['classes']} classes, d = {entry['width']}, rank {entry['rank']}, "
+        f"condition number {entry['condition']:.3g}, {_shrinkage_used(*entry['shrinkage'])}"
     )
     return entry
+
+
+def _shrinkage_used(within: float, agnostic: float) -> str:
+    return f"shrinkage {within:.3g} within classes, {agnostic:.3g} agnostic" if within or agnostic else "no shrinkage"
 
 
 def _shrinkage(text: str) -> str | float:

@@ -284,8 +284,7 @@ def _notes(run: Run, pending: list[int], resources: Resources) -> Iterator[dict]
         num_cpus=resources.cpus_per_worker,
         num_gpus=resources.gpus_per_worker,
         # An image that kills its process would otherwise restart the actor for ever.
-        max_restarts=2,
-        max_task_retries=2,
+        ray_remote_args_fn=lambda: {"max_restarts": 2, "max_task_retries": 2},
     )
     dataset = dataset.map_batches(
         write_part, fn_kwargs={"run_uri": run.uri}, batch_size=None, batch_format="pyarrow", num_cpus=0.25

@@ -8,7 +8,7 @@ from PIL import Image, ImageDraw, ImageOps
 
 from pipelines import columns
 from pipelines.run import Run
-from pipelines.shards import read_members
+from pipelines.shards import Shard, read_images
 from pipelines.tasks import in_order
 
 TILE = 72  # pixels
@@ -81,6 +81,6 @@ def thumbnail(data: bytes, size: int = TILE - 4) -> Image.Image:
     return ImageOps.fit(picture, (size, size), method)
 
 
-def _shard_images(shard: object, position: int, rows: list[int]) -> dict[tuple[int, int], bytes]:
+def _shard_images(shard: Shard, position: int, rows: list[int]) -> dict[tuple[int, int], bytes]:
     """Ray task: encoded images of some rows of a shard."""
-    return {(position, row): image for row, image in read_members(shard, rows)}
+    return {(position, row): image for row, image in read_images(shard, rows)}
