@@ -92,5 +92,6 @@ def _as_tensor(x: Any, device: "torch.device") -> Any:
     if isinstance(x, np.ndarray | list):
         import torch
 
-        return torch.as_tensor(x, device=device)
+        # by numpy: a list of floats is then float64, not torch's default dtype
+        return torch.as_tensor(np.asarray(x), device=device)
     return x
