@@ -58,7 +58,7 @@ class Run:
     """An open run directory. `Run.open` reads one, `Run.create` starts one."""
 
     def __init__(self, uri: str, record: dict[str, Any]):
-        self.uri, self.record = uri.rstrip("/"), record
+        self.uri, self.record = storage.absolute(uri), record
 
     @classmethod
     def open(cls, uri: str) -> "Run":

@@ -34,11 +34,11 @@ os.environ.update(
 
 @pytest.fixture(scope="session")
 def ray_session():
-    """A local Ray of 8 logical cores for all tests."""
+    """A local Ray of 4 logical cores for all tests (each worker process costs seconds of imports)."""
     import ray
 
     ray.init(
-        address="local", num_cpus=8, include_dashboard=False, object_store_memory=200 << 20, log_to_driver=False,
+        address="local", num_cpus=4, include_dashboard=False, object_store_memory=200 << 20, log_to_driver=False,
         logging_level="warning",
     )  # fmt: skip
     ray.data.DataContext.get_current().enable_progress_bars = False
