@@ -202,6 +202,6 @@ def _as_given(values: Array, reference: Array) -> Array:
     """float64 `values` in the float type and kind of `reference` (integers become float64)."""
     result = like(values, reference)
     if is_tensor(reference):
-        return result.to(reference.dtype) if reference.is_floating_point() else result
+        return result.to(reference.dtype) if reference.dtype.is_floating_point else result
     kind = getattr(reference, "dtype", np.dtype(np.float64))
     return result.astype(kind) if kind.kind == "f" else result

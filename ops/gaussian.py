@@ -21,8 +21,9 @@ from ops.arrays import Array, as_ndarray, like, namespace, to_numpy
 from ops.checks import check_choice, check_range, check_shape
 from ops.difficulty import Reference
 
-CHUNK_ROWS = 16_384  # rows per X^T X: long enough for full speed, short enough to keep float32's digits
+CHUNK_ROWS = 4_096  # rows per X^T X: full speed, and half the rounding error of 16,384 rows in float32
 BLOCK_VALUES = 1 << 24  # values per temporary while scoring, 64 MiB in float32
+EXACT_ROWS = 16_384  # float64 products for so many rows: over fewer, the rounding of float32 doesn't average out
 PILOT_ROWS = 4_096
 
 
@@ -75,10 +76,11 @@ class GaussianStats:
 
     Notes
     -----
-    One pass: per chunk of 16,384 rows, X^T X in the precision of the input (float16 in float32) about the pilot,
-    summed in float64. The within-class scatter is the total minus the between-class scatter of the means. In a run
-    with labels, rows without one enter neither Gaussian: both speak of the same samples, or rmd would compare
-    densities of different populations. Plain host arrays: pickles in 8 (d² + K d) bytes.
+    One pass: per chunk of 4,096 rows, X^T X about the pilot in the precision of the input (float16 in float32; the
+    first 16,384 rows that an object sees in float64), summed in float64. The within-class scatter is the total minus
+    the between-class scatter of the means. In a run with labels, rows without one enter neither Gaussian: both speak
+    of the same samples, or rmd would compare densities of different populations. Plain host arrays: pickles in
+    8 (d² + K d) bytes.
     """
 
     def __init__(self, num_classes: int, dim: int, *, pilot: Array | None = None):
@@ -87,7 +89,7 @@ class GaussianStats:
         self.num_classes, self.dim = int(num_classes), int(dim)
         self.pilot = None if pilot is None else _checked_pilot(pilot, self.dim)
         self.count = 0
-        self.eps = float(np.finfo(np.float64).eps)  # of the coarsest precision that products were taken in
+        self.eps = float(np.finfo(np.float64).eps)  # of the coarsest precision that features came in
         rows = max(1, self.num_classes)  # without classes, all samples are in one nameless group
         self._counts = np.zeros(rows, np.int64)
         self._sums = np.zeros((rows, self.dim))
@@ -120,7 +122,7 @@ class GaussianStats:
         x = _as_features("features", features, self.dim)
         groups = self._groups(labels, x)
         pilot = self.pilot if self.pilot is not None else _pilot_mean(x[:PILOT_ROWS])
-        counts, sums, scatter = _moments(x, groups, pilot, len(self._counts))
+        counts, sums, scatter = _moments(x, groups, pilot, len(self._counts), max(0, EXACT_ROWS - self.count))
         self.pilot = pilot
         self.count += len(x)
         self.eps = max(self.eps, float(np.finfo(_precision(x)).eps))
@@ -201,7 +203,7 @@ class GaussianStats:
         OAS is that of scikit-learn (`sklearn.covariance.oas`): the class-agnostic covariance is equal to its. The
         same formula with n = N serves the pooled within-class covariance, for which it was not derived.
         Working precision: an eigenvalue counts if above sqrt(d) eps times the largest one of the class-agnostic
-        covariance, eps of the precision that the products were taken in (float32 for float16 and float32 input).
+        covariance, eps of the coarsest precision that features came in (float32 for float16 and float32).
         """
         _check_shrinkage(shrinkage)
         if not self.num_samples:
@@ -447,7 +449,7 @@ class Gaussians:
 
     def _projection(self, x: Array) -> "_Projection":
         """The whitening in the precision and place of `x`."""
-        key = (namespace(x).__name__, _precision(x), getattr(x, "device", None))
+        key = (namespace(x).__name__, _precision(x), str(getattr(x, "device", "")))
         if key not in self._projections:
             v, inverse_w, centers = self._whitening
             absent = self.counts == 0
@@ -565,25 +567,26 @@ def _pilot_mean(x: Array) -> np.ndarray:
     return np.where(np.isfinite(mean), mean, 0.0)  # infinite features are found with the sums
 
 
-def _moments(x: Array, groups: Array | None, pilot: np.ndarray, rows: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Counts (rows,), sums (rows, d) and scatter (d, d) about `pilot`, on the host in float64."""
+def _moments(
+    x: Array, groups: Array | None, pilot: np.ndarray, rows: int, exact: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Counts (rows,), sums (rows, d) and scatter (d, d) about `pilot`, on the host; the first `exact` rows in float64."""
     xp, dim = namespace(x), x.shape[1]
-    center = xp.asarray(pilot, _precision(x))
     counts, sums, scatter = np.zeros(rows, np.int64), xp.zeros((rows, dim)), xp.zeros((dim, dim))
     for start in range(0, len(x), CHUNK_ROWS):
         group = None if groups is None else groups[start : start + CHUNK_ROWS]
         part = x[start : start + CHUNK_ROWS]
         if group is not None and bool((group < 0).any()):
             part, group = part[group >= 0], group[group >= 0]
-        part = part.astype(_precision(x), copy=False) - center
+        precision = np.dtype(np.float64) if start < exact else _precision(x)
+        part = part.astype(precision, copy=False) - xp.asarray(pilot, precision)
         counts += [len(part)] if group is None else to_numpy(xp.bincount(group, minlength=rows))
         sums += part.sum(axis=0, dtype=np.float64) if group is None else _class_sums(part, group, rows)
-        scatter += part.T @ part
+        with np.errstate(over="ignore", invalid="ignore"):  # found below
+            scatter += part.T @ part
     sums, scatter = to_numpy(sums), to_numpy(scatter)
     if not np.isfinite(np.trace(scatter)):
-        raise ValueError(
-            f"features: contains NaN, infinity, or values whose square overflows {_precision(x)} (shape {x.shape})"
-        )
+        raise ValueError(f"features: contains NaN, infinity, or values whose square overflows (shape {tuple(x.shape)})")
     return counts, sums, scatter
 
 
@@ -639,7 +642,7 @@ def _shrink_spectrum(eigenvalues: np.ndarray, amount: float) -> np.ndarray:
 def _singular(rank: int, d: int, n: int, shrinkage: str | float, num_classes: int) -> str:
     found = f"fit: the covariance isn't positive definite to working precision (rank {rank} of d = {d}, N = {n})"
     if shrinkage == "none" and rank:
-        return f"{found}; use shrinkage 'auto', 'oas' or a number in (0, 1], or fewer dimensions"
+        return f"{found}; use shrinkage 'auto', 'oas' or a number in (0, 1]"
     if rank:
         return f"{found} with shrinkage {shrinkage}; use more, or 'oas'"
     return f"{found}: features don't vary within classes; {num_classes} classes need several different samples each"
