@@ -1,0 +1,96 @@
+"""Heads in one product equal heads one by one, and their entropies the golden cases."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from ops.head_ensemble import HeadEnsemble, PackedHeads, epoch_entropies, rows_per_product
+from tests.ops.golden import cases
+
+FORMS = pytest.mark.parametrize("hidden", [None, 5])
+
+
+def as_modules(state):
+    """The same head, from nn.Linear layers."""
+    layers = []
+    for depth in range(len(state) // 2):
+        weight = state[f"{depth}.weight"]
+        layer = nn.Linear(weight.shape[1], weight.shape[0])
+        layer.load_state_dict({"weight": weight, "bias": state[f"{depth}.bias"]})
+        layers += [layer, nn.ReLU()]
+    return nn.Sequential(*layers[:-1])
+
+
+@FORMS
+def test_packed_heads_equal_a_loop_over_modules(hidden):
+    ensemble = HeadEnsemble(range(6), 7, 4, hidden)
+    heads = [[ensemble.head(2 * epoch + member) for member in range(2)] for epoch in range(3)]
+    features = torch.randn(11, 7)
+    logits = PackedHeads(heads).logits(features)
+    for epoch in range(3):
+        for member in range(2):
+            expected = as_modules(heads[epoch][member])(features)
+            torch.testing.assert_close(logits[:, epoch, member], expected, rtol=1e-5, atol=1e-5)
+
+
+@FORMS
+def test_training_form_equals_modules_on_rows_of_their_own(hidden):
+    ensemble = HeadEnsemble([3, 8], 7, 4, hidden)
+    features = torch.randn(2, 9, 7)
+    for member in range(2):
+        expected = as_modules(ensemble.head(member))(features[member])
+        torch.testing.assert_close(ensemble(features)[member], expected, rtol=1e-5, atol=1e-5)
+
+
+@FORMS
+def test_a_heads_start_and_gradient_do_not_depend_on_its_neighbours(hidden):
+    features, targets = torch.randn(9, 7), torch.randint(4, (9,))
+    alone, among = HeadEnsemble([5], 7, 4, hidden), HeadEnsemble([1, 5, 2], 7, 4, hidden)
+    for ensemble, copies in ((alone, 1), (among, 3)):
+        loss, _ = ensemble.losses(features.expand(copies, -1, -1), targets.expand(copies, -1))
+        loss.mean(dim=1).sum().backward()
+    for name in alone.head(0):
+        torch.testing.assert_close(alone.head(0)[name], among.head(1)[name])
+    for a, b in zip(alone.parameters(), among.parameters()):
+        torch.testing.assert_close(a.grad[0], b.grad[1], rtol=1e-5, atol=1e-6)
+
+
+def test_load_head_brings_back_what_head_gave():
+    one, other = HeadEnsemble([1, 2], 5, 3, 4), HeadEnsemble([7, 8], 5, 3, 4)
+    other.load_head(0, one.head(1))
+    for name, tensor in one.head(1).items():
+        assert torch.equal(other.head(0)[name], tensor)
+
+
+@pytest.mark.parametrize("case", cases("scores_confusion.npz"), ids=repr)
+def test_entropies_are_the_golden_ones_in_bits(case):
+    logits = torch.from_numpy(case.inputs["logits_epoch_member_sample_class"]).permute(2, 0, 1, 3)
+    expected = case.outputs["entropy_per_epoch_nats"] / np.log(2)
+    expected = expected if expected.shape == tuple(logits.shape[:2]) else expected.T
+    np.testing.assert_allclose(epoch_entropies(logits), expected, rtol=1e-10, atol=1e-12)
+    np.testing.assert_allclose(epoch_entropies(logits.float()), expected, rtol=1e-5, atol=2e-6)
+    np.testing.assert_allclose(epoch_entropies(logits).mean(dim=1), case.outputs["score_bits"], rtol=1e-10, atol=1e-12)
+
+
+def test_entropy_is_between_nothing_and_log2_k_and_members_that_disagree_confuse():
+    sure = torch.full((1, 1, 2, 4), -1e4)
+    sure[..., 0] = 1e4
+    torch.testing.assert_close(epoch_entropies(sure), torch.zeros(1, 1))
+    torch.testing.assert_close(epoch_entropies(torch.zeros(1, 1, 2, 4)), torch.full((1, 1), 2.0))
+    sure[0, 0, 1] = sure[0, 0, 1].roll(1)  # two sure members of different opinion: one bit
+    torch.testing.assert_close(epoch_entropies(sure), torch.ones(1, 1))
+
+
+def test_heads_of_two_forms_and_features_of_another_width_are_refused():
+    linear, hidden = HeadEnsemble([0], 5, 3).head(0), HeadEnsemble([0], 5, 3, 4).head(0)
+    with pytest.raises(ValueError, match="heads: expected"):
+        PackedHeads([[linear], [hidden]])
+    with pytest.raises(ValueError, match="features: expected shape"):
+        PackedHeads([[linear]]).logits(torch.zeros(2, 4))
+
+
+def test_rows_per_product_bounds_the_logits():
+    assert rows_per_product(60, 10) == 8192
+    assert 4 * rows_per_product(60, 1000) * 60 * 1000 <= 32 << 20
+    assert rows_per_product(10_000, 100_000) == 1
