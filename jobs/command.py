@@ -42,7 +42,10 @@ class Command:
 
     def main(self, argv: Sequence[str] | None = None) -> int:
         """Parse, run, report; returns the exit status."""
-        options = self.parse(sys.argv[1:] if argv is None else list(argv))
+        try:
+            options = self.parse(sys.argv[1:] if argv is None else list(argv))
+        except SystemExit as exit_:  # argparse's way to end after --help or a mistake
+            return int(exit_.code or 0)
         # A job that is stopped gets SIGTERM: leave through the same door as Ctrl-C, so that Ray and MLflow are closed.
         before = signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:

@@ -1,7 +1,16 @@
 """Options that several commands share, each a flag, a YAML key and a line of --help."""
 
 import dataclasses
+from collections.abc import Iterable
 from typing import Literal
+
+
+def at_least(options: object, low: float, names: Iterable[str]) -> None:
+    """ValueError, which becomes status 2, if one of these options is set and below `low`."""
+    for name in names:
+        value = getattr(options, name)
+        if value is not None and value < low:
+            raise ValueError(f"--{name.replace('_', '-')} {value}: must be at least {low}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,6 +52,9 @@ class CorpusOptions:
     overwrite: bool = False
     """remove what the run holds and start afresh"""
 
+    def __post_init__(self) -> None:
+        at_least(self, 1, ("views", "max_pixels"))
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class WorkerOptions:
@@ -57,6 +69,11 @@ class WorkerOptions:
     max_bad_fraction: float = 0.01
     """fraction of samples in quarantine, in [0, 1], above which the run ends with status 1"""
 
+    def __post_init__(self) -> None:
+        at_least(self, 1, ("workers", "batch_size"))
+        if not 0 <= self.max_bad_fraction <= 1:
+            raise ValueError(f"--max-bad-fraction {self.max_bad_fraction}: expected a fraction in [0, 1]")
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GaussianOptions:
@@ -66,6 +83,21 @@ class GaussianOptions:
     """score with the Gaussians of this other run, fit nothing"""
     shrinkage: str = "auto"
     """none, oas, a number in [0, 1], or auto: none where the condition number allows it, else oas"""
+
+    def __post_init__(self) -> None:
+        self.amount()
+
+    def amount(self) -> str | float:
+        """The shrinkage as `GaussianStats.fit` takes it."""
+        if self.shrinkage in ("auto", "none", "oas"):
+            return self.shrinkage
+        try:
+            value = float(self.shrinkage)
+        except ValueError:
+            value = -1.0
+        if not 0 <= value <= 1:
+            raise ValueError(f"--shrinkage {self.shrinkage}: expected auto, none, oas, or a number in [0, 1]")
+        return value
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -82,6 +114,12 @@ class WeightOptions:
     """also write the distance to the nearest of this many k-means centres (a number of clusters)"""
     seed: int = 0
     """seed of k-means"""
+
+    def __post_init__(self) -> None:
+        at_least(self, 1, ("kmeans",))
+        for name in ("temperature", "c"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"--{name} {getattr(self, name)}: must be above 0")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -100,3 +138,19 @@ class SelectOptions:
     """folder under subsets/"""
     samples_per_shard: int = 1000
     """samples per subset shard, about"""
+
+    def __post_init__(self) -> None:
+        at_least(self, 1, ("samples_per_shard",))
+        if self.top is not None and self.bottom is not None:
+            raise ValueError("--top and --bottom: one of them")
+        amount = self.amount
+        if amount <= 0 or (isinstance(amount, float) and amount > 1):
+            raise ValueError(
+                f"--{'top' if self.bottom is None else 'bottom'} {amount}: expected a fraction in (0, 1] such as 0.1, "
+                "or a whole number of samples such as 500"
+            )
+
+    @property
+    def amount(self) -> int | float:
+        """How many: a fraction if it is a float."""
+        return next((value for value in (self.top, self.bottom) if value is not None), 0.1)

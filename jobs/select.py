@@ -17,7 +17,6 @@ def select(options: RunOptions, selection: SelectOptions) -> dict:
     from pipelines.run import Run
 
     run = Run.open(options.run)
-    stages.rule(selection)  # a rule that cannot be is refused before Ray starts
     with tracked("select", options, selection) as tracker, ray_session(options):
         result = {"run": run.uri, "select": stages.select(run, selection)}
         tracker.metrics(result)

@@ -39,8 +39,6 @@ def open_run(options: RunOptions, corpus: CorpusOptions) -> Run:
 
 
 def _corpus_config(spec: str, corpus: CorpusOptions) -> CorpusConfig:
-    if corpus.views < 1:
-        raise ValueError(f"--views {corpus.views}: at least 1")
     names = None
     if corpus.classes is not None:
         names = tuple(line.strip() for line in _read_text(corpus.classes).splitlines() if line.strip())
@@ -74,8 +72,6 @@ def resources(workers: WorkerOptions) -> embedding.Resources:
         raise ValueError("--device cuda: Ray knows no GPU here; take --device cpu, or a cluster with GPUs")
     device = "cuda" if gpus and workers.device != "cpu" else "cpu"
     count = workers.workers or (gpus if device == "cuda" else max(1, int(cpus)))
-    if count < 1:
-        raise ValueError(f"--workers {count}: at least 1")
     # Half the cores for the actors, the rest for reading and writing: actors and reads must fit side by side.
     share = 1.0 if device == "cuda" else max(0.1, min(0.5, 0.5 * cpus / count))
     return embedding.Resources(device, count, share, workers.batch_size)
@@ -101,7 +97,7 @@ def fit(run: Run, gaussians: GaussianOptions, workers: WorkerOptions) -> dict[st
         entry = fitting.adopt(run, Run.open(gaussians.gaussians))
         say(f"fit: nothing fitted, Gaussians of {gaussians.gaussians} ({entry['samples']:,} samples)")
         return entry
-    entry = fitting.fit(run, _shrinkage(gaussians.shrinkage), resources(workers).device)
+    entry = fitting.fit(run, gaussians.amount(), resources(workers).device)
     done = "already fitted on" if entry["skipped"] else f"{duration(entry['seconds'])},"
     say(
         f"fit: {done} {entry['samples']:,} samples, {entry['classes']} classes, d = {entry['width']}, rank {entry['rank']}, "
@@ -114,22 +110,11 @@ def _shrinkage_used(within: float, agnostic: float) -> str:
     return f"shrinkage {within:.3g} within classes, {agnostic:.3g} agnostic" if within or agnostic else "no shrinkage"
 
 
-def _shrinkage(text: str) -> str | float:
-    if text in ("auto", "none", "oas"):
-        return text
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value <= 1:
-        raise ValueError(f"--shrinkage {text}: expected auto, none, oas, or a number in [0, 1]")
-    return value
-
-
 def score(run: Run, weights: WeightOptions, workers: WorkerOptions) -> dict[str, Any]:
     """Write the difficulty columns."""
     weighting = scoring.Weighting(weights.temperature, weights.c, weights.scale)
-    counts = scoring.score(run, weighting, device=resources(workers).device)
+    centers = None if weights.kmeans is None else scoring.kmeans_centers(run, weights.kmeans, weights.seed)
+    counts = scoring.score(run, weighting, centers, resources(workers).device)
     say(
         f"score: {counts['rows']:,} rows, {counts['shards_done']} shards done, "
         f"{counts['shards_skipped']} skipped, {duration(counts['seconds'])}"
@@ -139,7 +124,8 @@ def score(run: Run, weights: WeightOptions, workers: WorkerOptions) -> dict[str,
 
 def select(run: Run, options: SelectOptions) -> dict[str, Any]:
     """Write a subset."""
-    entry = selecting.select(run, rule(options), options.name, options.samples_per_shard)
+    rule = selecting.Rule(options.by, options.amount, options.bottom is not None, options.per_class)
+    entry = selecting.select(run, rule, options.name, options.samples_per_shard)
     done = "already there" if entry["skipped"] else duration(entry["seconds"])
     say(
         f"select {options.name}: {entry['samples']:,} samples, {entry['rule']}, in {entry['shards']} shards, {done}: {entry['path']}"
@@ -153,12 +139,3 @@ def ranked_by_what_is_there(run: Run, options: SelectOptions) -> SelectOptions:
         say("select: no labels and no classes, so by difficulty.md_agn")
         return dataclasses.replace(options, by="difficulty.md_agn")
     return options
-
-
-def rule(options: SelectOptions) -> selecting.Rule:
-    """The rule that --top or --bottom asks for."""
-    if options.top is not None and options.bottom is not None:
-        raise ValueError("--top and --bottom: one of them")
-    lowest = options.bottom is not None
-    count = options.bottom if lowest else (0.1 if options.top is None else options.top)
-    return selecting.Rule(options.by, count, lowest, options.per_class)

@@ -11,6 +11,7 @@ written once; a shard counts as done when its file in `embeddings/` is there, an
 import dataclasses
 import json
 import time
+import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -19,6 +20,7 @@ import pyarrow as pa
 import ray
 import torch
 from ray.data import ActorPoolStrategy
+from ray.util.annotations import RayDeprecationWarning
 
 from ops.encoders import Encoder, load_encoder
 from ops.images import ImageError, augment, decode_image
@@ -274,18 +276,22 @@ def _notes(run: Run, pending: list[int], resources: Resources) -> Iterator[dict]
     dataset = read_shards(
         [(position, shards[position]) for position in pending], LabelSource(config.label, config.class_names)
     )
-    dataset = dataset.map_batches(
-        EmbedImages,
-        fn_constructor_args=(config, resources),
-        batch_size=None,
-        batch_format="pyarrow",
-        zero_copy_batch=True,
-        compute=ActorPoolStrategy(size=min(resources.workers, max(1, len(pending) * 4))),
-        num_cpus=resources.cpus_per_worker,
-        num_gpus=resources.gpus_per_worker,
-        # An image that kills its process would otherwise restart the actor for ever.
-        ray_remote_args_fn=lambda: {"max_restarts": 2, "max_task_retries": 2},
-    )
+    with warnings.catch_warnings():
+        # Ray 2.60 deprecates the two extra arguments and has no other way yet to bound restarts.
+        warnings.simplefilter("ignore", RayDeprecationWarning)
+        dataset = dataset.map_batches(
+            EmbedImages,
+            fn_constructor_args=(config, resources),
+            batch_size=None,
+            batch_format="pyarrow",
+            zero_copy_batch=True,
+            compute=ActorPoolStrategy(size=resources.workers),
+            num_cpus=resources.cpus_per_worker,
+            num_gpus=resources.gpus_per_worker,
+            # An image that kills its process would otherwise restart the actor for ever.
+            max_restarts=2,
+            max_task_retries=2,
+        )
     dataset = dataset.map_batches(
         write_part, fn_kwargs={"run_uri": run.uri}, batch_size=None, batch_format="pyarrow", num_cpus=0.25
     )

@@ -115,6 +115,7 @@ def fit(run: Run, shrinkage: str | float = "auto", device: str = "cpu") -> dict:
     gaussians = dataclasses.replace(stats.fit(shrinkage), class_names=tuple(run.classes))
     if num_classes:
         sums = ReferenceSums()
+        _ready(gaussians)
         for part in in_order(shard_reference, shards, run.uri, gaussians, device, num_gpus=gpus):
             sums = sums.add(part)
         gaussians = dataclasses.replace(gaussians, reference=sums.reference())
@@ -198,7 +199,13 @@ def describe(gaussians: Gaussians) -> dict:
 
 def load_gaussians(run: Run) -> Gaussians:
     """The Gaussians stored with a run."""
-    return Gaussians.load(io.BytesIO(storage.read_bytes(run.path(GAUSSIANS))))
+    return _ready(Gaussians.load(io.BytesIO(storage.read_bytes(run.path(GAUSSIANS)))))
+
+
+def _ready(gaussians: Gaussians) -> Gaussians:
+    """The same, its eigenproblem solved here once instead of in every task that it travels to."""
+    gaussians.agnostic_distances(gaussians.mean[None])
+    return gaussians
 
 
 def save_gaussians(run: Run, gaussians: Gaussians) -> None:

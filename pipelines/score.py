@@ -1,19 +1,23 @@
 """Score: embeddings and Gaussians -> the difficulty columns, one file per shard."""
 
 import dataclasses
+import io
 import time
 
 import numpy as np
 import pyarrow as pa
 
 from ops.arrays import to_numpy
-from ops.difficulty import Reference, difficulty_weight, kmeans_difficulty
+from ops.difficulty import Reference, difficulty_weight, fit_centers, kmeans_difficulty
 from ops.gaussian import Gaussians
-from pipelines import columns
+from pipelines import columns, storage
 from pipelines.fit import _on, load_gaussians
 from pipelines.progress import Progress
 from pipelines.run import Run, fingerprint
 from pipelines.tasks import in_order
+
+KMEANS_FILE = "kmeans.npz"
+KMEANS_ROWS = 100_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,6 +92,41 @@ def _nullable(values: np.ndarray) -> pa.Array:
     return pa.array(values, mask=missing)
 
 
+def kmeans_centers(run: Run, k: int, seed: int = 0) -> np.ndarray:
+    """k-means centres of a run's embeddings, shape (k, d); fitted once and kept in `kmeans.npz`.
+
+    At most `KMEANS_ROWS` embeddings, evenly spaced over the corpus, go through the driver.
+
+    Raises
+    ------
+    ValueError
+        If there are fewer embeddings than centres.
+    """
+    facts = run.embedding_facts()
+    source = fingerprint("kmeans", [f["source"] for f in facts], k, seed)
+    before = run.stage("kmeans")
+    if before and before["source"] == source and storage.exists(run.path(KMEANS_FILE)):
+        return np.load(io.BytesIO(storage.read_bytes(run.path(KMEANS_FILE))), allow_pickle=False)["centers"]
+    rows = sum(f["rows"] for f in facts)
+    if k > rows:
+        raise ValueError(f"--kmeans {k}: more centres than the {rows} embeddings")
+    step = -(-rows // KMEANS_ROWS)
+    offsets = np.cumsum([0, *(f["rows"] for f in facts)])[:-1]
+    shards = [(shard, int(-offset % step)) for shard, offset in enumerate(offsets)]
+    sample = np.concatenate(list(in_order(_every, shards, run.uri, step)))
+    centers = fit_centers(sample, k, seed)
+    with storage.write_atomic(run.path(KMEANS_FILE)) as stream:
+        np.savez(stream, centers=centers)
+    run.finish_stage("kmeans", source=source, k=k, seed=seed, sampled=len(sample))
+    return centers
+
+
+def _every(shard: int, first: int, run_uri: str, step: int) -> np.ndarray:
+    """Ray task: every `step`-th embedding of a shard."""
+    column = columns.read(run_uri, columns.EMBEDDINGS, shard, ["embedding"])["embedding"]
+    return columns.vectors(column)[first::step]
+
+
 def score(run: Run, weighting: Weighting, centers: np.ndarray | None = None, device: str = "cpu") -> dict:
     """Write `difficulty/` for the shards whose embeddings, Gaussians or weighting changed.
 
@@ -98,6 +137,10 @@ def score(run: Run, weighting: Weighting, centers: np.ndarray | None = None, dev
     """
     started = time.monotonic()
     facts = run.embedding_facts()
+    if run.stage("fit") is None:
+        raise ValueError(
+            f"--run {run.uri}: no Gaussians yet; run hardset fit first, or score with --gaussians of another run"
+        )
     gaussians = load_gaussians(run)
     kmeans = None if centers is None else fingerprint(centers.tolist())
     sources = [

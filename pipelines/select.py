@@ -48,11 +48,9 @@ class Rule:
 
     def __post_init__(self) -> None:
         columns.split_name(self.by)
-        fraction = isinstance(self.count, float)
-        if self.count <= 0 or (fraction and self.count > 1):
+        if self.count <= 0 or (isinstance(self.count, float) and self.count > 1):
             raise ValueError(
-                f"--{'bottom' if self.lowest else 'top'} {self.count}: expected a fraction in (0, 1] such as 0.1, "
-                "or a whole number of samples such as 500"
+                f"count {self.count}: expected a fraction in (0, 1], a float, or a whole number of samples"
             )
 
     def __str__(self) -> str:

@@ -101,3 +101,16 @@ def test_singular_covariances_are_an_error_with_the_way_out_and_auto_takes_it(tm
     with pytest.raises(ValueError, match="shrinkage"):
         fit.fit(run, "none")
     assert min(fit.fit(run, "auto")["shrinkage"]) > 0
+
+
+def test_kmeans_distance_is_that_of_the_stored_centres(tmp_path):
+    run, features, _ = make_run(tmp_path)
+    fit.fit(run, "none")
+    centers = score.kmeans_centers(run, 4)
+    score.score(run, score.Weighting(), centers)
+    found = columns.load(run.uri, ["difficulty.kmeans"])["difficulty.kmeans"].to_numpy()
+    expected = np.linalg.norm(features[:, None] - centers[None], axis=2).min(axis=1)
+    np.testing.assert_allclose(found, expected, rtol=1e-4)
+    assert np.array_equal(score.kmeans_centers(run, 4), centers)
+    with pytest.raises(ValueError, match="--kmeans 101"):
+        score.kmeans_centers(run, 101)

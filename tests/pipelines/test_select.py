@@ -115,7 +115,7 @@ def test_a_column_that_is_not_there_is_named(tmp_path, by):
 
 @pytest.mark.parametrize("count", [0, -1, 1.5, 0.0])
 def test_a_count_that_cannot_be(count):
-    with pytest.raises(ValueError, match="fraction in"):
+    with pytest.raises(ValueError, match="a fraction in"):
         Rule("toy.score", count)
 
 
