@@ -68,8 +68,10 @@ def applied_calibration(run: Run, predictions: PredictionSet) -> str | None:
     return facts.get("calibration")
 
 
-def save_calibration(run: Run, predictions: PredictionSet, calibrator: Calibrator, method: str) -> str | None:
-    """Put a calibrator into the checkpoint that made the predictions; returns its folder.
+def save_calibration(
+    run: Run, predictions: PredictionSet, calibrator: Calibrator, method: str, fitted: PredictionSet
+) -> str | None:
+    """Put a calibrator, fitted on `fitted`, into the checkpoint that made the predictions; returns its folder.
 
     None where the predictions do not say which checkpoint made them, or it is not there any more, or holds other weights.
     """
@@ -79,7 +81,7 @@ def save_calibration(run: Run, predictions: PredictionSet, calibrator: Calibrato
         return None
     if checkpoint_digest(folder) != facts.get("checkpoint_digest"):
         return None
-    fitted_on = {"run": predictions.run_uri, "shards": list(predictions.shards)}
+    fitted_on = {"run": fitted.run_uri, "predictions": fitted.name, "shards": list(fitted.shards)}
     update_extra(folder, calibration={"name": method, **calibrator.to_dict(), "fitted_on": fitted_on})
     return folder
 
