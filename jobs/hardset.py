@@ -7,7 +7,20 @@ import sys
 from collections.abc import Sequence
 
 # A command is a module of this package with a COMMAND; it is imported only when it is asked for.
-COMMANDS = ("demo", "curate", "embed", "fit", "score", "select", "inspect", "confusion", "compare")
+COMMANDS = (
+    "demo",
+    "curate",
+    "embed",
+    "fit",
+    "score",
+    "select",
+    "inspect",
+    "confusion",
+    "compare",
+    "predict",
+    "evaluate",
+    "trust",
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
