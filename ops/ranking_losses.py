@@ -194,8 +194,11 @@ def correctness_ranking(logits: Array, correctness: Array, csf: str = "msp") -> 
     max(0, −t (κ_i − κ_j) + |c_i − c_j|), t = sign(c_i − c_j); equal pairs count as 0 in the mean. No gradient to c.
     The released code's entropy score is −H / 2.302585 (or 4.605170), here 1 − H/ln K.
     """
-    log_probs = log_probabilities(logits)
-    check_vector("correctness", correctness, len(logits))
+    return _ranking(log_probabilities(logits), correctness, csf).to(logits.dtype)
+
+
+def _ranking(log_probs: Tensor, correctness: Tensor, csf: str) -> Tensor:
+    check_vector("correctness", correctness, len(log_probs))
     low, high = float(correctness.min()), float(correctness.max())
     if low < 0 or high > 1:
         raise ValueError(f"correctness: must lie in [0, 1], found {low if low < 0 else high} (counts not normalised?)")
@@ -203,7 +206,7 @@ def correctness_ranking(logits: Array, correctness: Array, csf: str = "msp") -> 
     correctness = correctness.detach().to(score)
     difference = correctness - correctness.roll(-1)
     hinge = difference.abs() - difference.sign() * (score - score.roll(-1))
-    return hinge.clamp_min(0).mean().to(logits.dtype)
+    return hinge.clamp_min(0).mean()
 
 
 @accepts_arrays
@@ -230,5 +233,6 @@ def ranking_cross_entropy(
         As `correctness_ranking`, and a label outside [0, K).
     """
     check_range("strength", strength, 0.0, math.inf)
-    cross_entropy = -true_class(log_probabilities(logits), targets)
-    return (cross_entropy + strength * correctness_ranking(logits, correctness, csf)).to(logits.dtype)
+    log_probs = log_probabilities(logits)
+    cross_entropy = -true_class(log_probs, targets)
+    return (cross_entropy + strength * _ranking(log_probs, correctness, csf)).to(logits.dtype)
