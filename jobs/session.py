@@ -34,7 +34,7 @@ def ray_session(options: RunOptions) -> Iterator[None]:
     address = os.environ.get("RAY_ADDRESS", "local") if options.ray_address == "auto" else options.ray_address
     own = {"num_cpus": options.ray_cpus, "include_dashboard": False} if address == "local" else {}
     try:
-        ray.init(address=address, log_to_driver=False, logging_level="error", **own)
+        _start(address, **own)
     except ConnectionError as error:
         raise ValueError(f"--ray-address {address}: no Ray there ({error})") from None
     context = ray.data.DataContext.get_current()
@@ -43,6 +43,19 @@ def ray_session(options: RunOptions) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _start(address: str, tries: int = 3, **own: Any) -> None:
+    import ray
+
+    for attempt in range(1, tries + 1):
+        try:
+            ray.init(address=address, log_to_driver=False, logging_level="error", **own)
+            return
+        except Exception as error:  # a plain Exception is what Ray raises when its node is not up within 30 s
+            if attempt == tries or "timed out during startup" not in str(error):
+                raise
+            ray.shutdown()
 
 
 class Tracker:
