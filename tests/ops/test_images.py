@@ -122,7 +122,7 @@ def test_a_png_bomb_costs_nothing():
     before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
     with pytest.raises(ImageError, match=r"50,000 × 50,000 pixels exceed the limit of 100,000,000"):
         decode_image(data)
-    assert time.perf_counter() - started < 0.05
+    assert time.perf_counter() - started < 0.5
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1024  # KiB
 
 
