@@ -22,12 +22,13 @@ from ops.trust import signed_distance, steep_slope, tcp, trust_cross_entropy, tr
 from pipelines import columns
 from pipelines.calibrate import classifier_digest
 from pipelines.detection import TRUST, trust_schema
-from pipelines.ingest import Loader, Source
+from pipelines.ingest import Loader
 from pipelines.outcomes import PredictionSet, check_name, labelled_logits, open_predictions
 from pipelines.predict import Forward, check_fits, input_batches, shard_forward
 from pipelines.progress import Progress
 from pipelines.run import Run, fingerprint
 from pipelines.shards import Shard
+from pipelines.source import Source
 from pipelines.survey import moments, survey
 from pipelines.tasks import in_order
 
@@ -176,7 +177,7 @@ def new_oracle(run: Run, model: Classifier, training: Training) -> Oracle:
             encoder_fingerprint=config.encoder_fingerprint,
         )  # fmt: skip
         backbone = build_classifier(spec)
-        backbone.standardize(*moments(Source.of(run, input="embeddings"), config.width))
+        backbone.standardize(*map(torch.as_tensor, moments(Source.of(run, input="embeddings"), config.width)))
     else:
         backbone = load_classifier(training.backbone)
         check_fits(run, backbone, "--backbone")

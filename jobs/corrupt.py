@@ -1,0 +1,68 @@
+"""Corrupted copies of shards: noise, blur, weather and digital corruptions at five severities.
+
+hardset corrupt --shards 'DIR/test-{000000..000009}.tar' --out CORRUPTED --kinds noise blur --severities 1 3 5
+"""
+
+import dataclasses
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from jobs.command import Command, say
+from jobs.options import RunOptions
+from jobs.session import ray_session
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CorruptOptions:
+    """Which shards, how corrupted, and where to."""
+
+    shards: str
+    """webdataset shards: quoted braces, globs, a folder, s3://…, a text file of URLs, '::' between sources"""
+    out: str
+    """folder or URI; each corruption gets a folder KIND-SEVERITY of shards"""
+    kinds: list[str] = dataclasses.field(default_factory=lambda: ["all"])
+    """corruptions by name, by family (noise, blur, weather, digital), or all of the four families"""
+    severities: list[int] = dataclasses.field(default_factory=lambda: [1, 2, 3, 4, 5])
+    """from 1 (mild) to 5 (strong)"""
+    seed: int = 0
+    """of noise, directions and shapes"""
+    json: bool = False
+    """print one JSON object as the last line: counts, seconds, folders"""
+    ray_address: str = "auto"
+    """a cluster's address, local for a Ray of its own, or auto: RAY_ADDRESS where it is set, else local"""
+    ray_cpus: int | None = None
+    """CPU cores of a local Ray (default: all)"""
+
+
+def corrupt(asked: CorruptOptions) -> dict[str, Any]:
+    """Write the copies that are not there yet."""
+    from pipelines.corrupt import corrupt_shards, named_kinds
+    from pipelines.progress import duration
+    from pipelines.shards import expand_shards
+
+    kinds, shards = named_kinds(asked.kinds), expand_shards(asked.shards)
+    say(
+        f"shards: {len(shards)}, first {shards[0].url}, last {shards[-1].url}; {len(kinds)} corruptions at severities "
+        f"{', '.join(map(str, asked.severities))}"
+    )
+    session = RunOptions(run=asked.out, ray_address=asked.ray_address, ray_cpus=asked.ray_cpus)
+    with ray_session(session):
+        counts = corrupt_shards(shards, asked.out, kinds, asked.severities, asked.seed)
+    say(
+        f"corrupt: {counts['samples']:,} samples written, {counts['left_out']:,} left out, {counts['shards_done']} shards "
+        f"done, {counts['shards_skipped']} skipped, {duration(counts['seconds'])}: {asked.out}"
+    )
+    return counts
+
+
+COMMAND = Command("corrupt", __doc__, (CorruptOptions,), corrupt)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit status."""
+    return COMMAND.main(argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
