@@ -140,7 +140,7 @@ class Head(Classifier):
         check_shape("mean", mean, (self.spec.width,))
         check_shape("std", std, (self.spec.width,))
         self.mean.copy_(mean)
-        self.std.copy_(torch.where(std > 0, std, torch.ones_like(std)))
+        self.std.copy_(std.where(std > 0, 1.0))
 
     def features(self, batch: Tensor) -> Tensor:
         """Penultimate features (B, p) of embeddings (B, d)."""

@@ -103,6 +103,23 @@ class GroupRule:
         return dataclasses.replace(self, edges=tuple(edges.tolist()), quantiles=None)
 
 
+@dataclasses.dataclass(frozen=True)
+class Resampling:
+    """How often a sample of each group appears in an epoch. Whole numbers: exactly so often. Others: on average."""
+
+    rule: GroupRule
+    factors: tuple[float, ...]
+
+    @property
+    def exact(self) -> bool:
+        """Whether every epoch holds the same samples."""
+        return all(float(factor).is_integer() for factor in self.factors)
+
+    def repeats(self, groups: np.ndarray, uniform: np.ndarray) -> np.ndarray:
+        """Times (n,) that each sample appears: its factor, rounded at random by `uniform` (n,) in [0, 1)."""
+        return np.floor(np.asarray(self.factors)[groups] + uniform).astype(np.int64)
+
+
 def sketch(shard: int, run_uri: str, column: str) -> tuple[np.ndarray, float]:
     """Ray task: at most SKETCH values that stand for a shard's column, and how many samples each stands for."""
     table = columns.join(run_uri, shard, [column])

@@ -10,7 +10,6 @@ Either way each of W ranks gets ceil(N / W) samples per epoch in equally many ba
 samples appear twice. Memory in the driver: a few numbers per shard.
 """
 
-import dataclasses
 import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
@@ -22,15 +21,14 @@ from torch import Tensor
 
 from pipelines import columns
 from pipelines.decode import Augmentation, PictureDecoder, ahead
-from pipelines.groups import GroupRule, scores
-from pipelines.run import Run
+from pipelines.groups import Resampling, scores
 from pipelines.samples import LabelSource
-from pipelines.shards import Shard, read_shard
+from pipelines.shards import read_shard
+from pipelines.source import Source
 from pipelines.tarstream import StorageError
 
 CACHE_BYTES = 1 << 30
 WINDOW = 8192
-PARTS = ("all", "train", "holdout")
 
 
 class Batch(NamedTuple):
@@ -41,61 +39,6 @@ class Batch(NamedTuple):
     labels: Tensor
     index: Tensor
     values: dict[str, Tensor]
-
-
-@dataclasses.dataclass(frozen=True)
-class Resampling:
-    """How often a sample of each group appears in an epoch. Whole numbers: exactly so often. Others: on average."""
-
-    rule: GroupRule
-    factors: tuple[float, ...]
-
-    @property
-    def exact(self) -> bool:
-        """Whether every epoch holds the same samples."""
-        return all(float(factor).is_integer() for factor in self.factors)
-
-    def repeats(self, groups: np.ndarray, uniform: np.ndarray) -> np.ndarray:
-        """Times (n,) that each sample appears: its factor, rounded at random by `uniform` (n,) in [0, 1)."""
-        return np.floor(np.asarray(self.factors)[groups] + uniform).astype(np.int64)
-
-
-@dataclasses.dataclass(frozen=True)
-class Source:
-    """Which samples of a run, with what beside them; small, and picklable for a worker.
-
-    Attributes
-    ----------
-    input : {"embeddings", "images"}
-    columns : tuple of str
-        Full names (`difficulty.weight`); NaN where a row has no value.
-    part : {"all", "train", "holdout"}
-        With `holdout` a fraction f > 0, a hash of (seed, shard, row) puts each sample into "holdout" with probability f.
-    """
-
-    run_uri: str
-    shards: tuple[Shard, ...]
-    input: str
-    columns: tuple[str, ...] = ()
-    part: str = "all"
-    holdout: float = 0.0
-    seed: int = 0
-    image_size: int = 0
-    max_pixels: int = 100_000_000
-
-    @classmethod
-    def of(cls, run: Run, **values: object) -> "Source":
-        """The source that a run is, with `values` for the other attributes."""
-        return cls(run.uri, tuple(run.shards), max_pixels=run.config.max_pixels, **values)
-
-    def keys(self, shard: int) -> pa.Table:
-        """key, shard, row, label and the columns of a shard's samples, in shard order. Reads no vectors, no images."""
-        table = columns.join(self.run_uri, shard, self.columns)
-        keep = table["label"].is_valid().to_numpy(zero_copy_only=False)
-        if self.part != "all" and self.holdout:
-            held = uniform(self.seed, shard, table["row"].to_numpy()) < self.holdout
-            keep &= held == (self.part == "holdout")
-        return table.filter(pa.array(keep))
 
 
 class Rows(NamedTuple):
@@ -113,16 +56,6 @@ class Slice(NamedTuple):
     shard: int
     start: int
     stop: int
-
-
-def uniform(seed: int, shard: int, rows: np.ndarray, epoch: int = 0) -> np.ndarray:
-    """A number (n,) in [0, 1) for each row: a hash, the same on every machine (splitmix64)."""
-    mixed = np.random.SeedSequence([seed, shard, epoch]).generate_state(1, np.uint64)[0]
-    with np.errstate(over="ignore"):
-        x = rows.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + mixed
-        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return ((x ^ (x >> np.uint64(31))) >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 def share_of(counts: Mapping[int, int] | Iterable[int], order: Iterable[int], rank: int, world: int) -> list[Slice]:

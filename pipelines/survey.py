@@ -8,11 +8,10 @@ import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
-import torch
 
 from pipelines import columns
-from pipelines.groups import GroupRule, scores
-from pipelines.ingest import Resampling, Source
+from pipelines.groups import GroupRule, Resampling, scores
+from pipelines.source import Source
 from pipelines.tasks import in_order
 
 
@@ -110,7 +109,7 @@ def check_trainable(found: Survey, classes: Sequence[str], rule: GroupRule | Non
         raise ValueError(f"group {rule.names()[empty]!r} has no samples ({sizes}); move the edges")
 
 
-def moments(source: Source, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+def moments(source: Source, width: int) -> tuple[np.ndarray, np.ndarray]:
     """Mean and standard deviation (d,) float32 of a source's embeddings, accumulated in float64."""
     shards = [(shard,) for shard in range(len(source.shards))]
     count, mean, scatter = 0, np.zeros(width), np.zeros(width)
@@ -122,7 +121,7 @@ def moments(source: Source, width: int) -> tuple[torch.Tensor, torch.Tensor]:
             mean += delta * (n / (count + n))
             count += n
     assert count, "moments of a source without samples"
-    return torch.from_numpy(mean).float(), torch.from_numpy(np.sqrt(scatter / count)).float()
+    return mean.astype(np.float32), np.sqrt(scatter / count).astype(np.float32)
 
 
 def _moments_of_shard(shard: int, source: Source, width: int) -> tuple[int, np.ndarray, np.ndarray]:

@@ -11,8 +11,9 @@ from PIL import Image
 
 from pipelines import columns
 from pipelines.decode import Augmentation, PictureDecoder, ahead
-from pipelines.groups import GroupRule
-from pipelines.ingest import Loader, Resampling, Source, share_of, uniform
+from pipelines.groups import GroupRule, Resampling
+from pipelines.ingest import Loader, share_of
+from pipelines.source import Source, uniform
 from pipelines.survey import check_trainable, moments, survey
 from tests.pipelines.synthetic import make_run
 

@@ -1,0 +1,72 @@
+"""A training's folder, local or on an object store: its best and last classifier, and the state to go on from.
+
+OUT/best/, OUT/last/   checkpoints of ops.models (safetensors + JSON)
+OUT/state.pt           weights, optimizer, history …: one file, so that it is whole or not there; torch's weights_only
+OUT/curve.json         metrics of every epoch so far
+"""
+
+import io
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ops.models import RECORD, WEIGHTS, Classifier, load_classifier, save_classifier
+from pipelines import storage
+
+
+def write_classifier(model: Classifier, uri: str, **extra: Any) -> None:
+    """Save a checkpoint at a local path or a URI."""
+    local = storage.local_path(uri)
+    if local is not None:
+        save_classifier(model, local, **extra)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        save_classifier(model, folder, **extra)
+        for name in (WEIGHTS, RECORD):  # the record last: a folder with one is a checkpoint
+            with storage.write_atomic(storage.join(uri, name)) as path:
+                path.write_bytes(Path(folder, name).read_bytes())
+
+
+def read_classifier(uri: str) -> Classifier:
+    """Load a checkpoint, or a training's best, from a local path or a URI. ValueError where there is none."""
+    local = storage.local_path(uri)
+    if local is not None:
+        return load_classifier(local)
+    for place in (uri, storage.join(uri, "best")):
+        if storage.exists(storage.join(place, RECORD)):
+            with tempfile.TemporaryDirectory() as folder:
+                for name in (WEIGHTS, RECORD):
+                    Path(folder, name).write_bytes(storage.read_bytes(storage.join(place, name)))
+                return load_classifier(folder)
+    raise ValueError(f"--checkpoint {uri}: no {RECORD} there; hardset train makes one")
+
+
+def write_state(uri: str, state: dict[str, Any]) -> None:
+    """Write a dict of tensors and plain values, whole or not at all."""
+    with storage.write_atomic(uri) as path:
+        torch.save(state, path)
+
+
+def read_state(uri: str) -> dict[str, Any] | None:
+    """What `write_state` wrote, tensors on the CPU; None if there is nothing. Runs no code that a file brings along."""
+    try:
+        data = storage.read_bytes(uri)
+    except FileNotFoundError:
+        return None
+    return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+
+
+def read_json(uri: str) -> Any:
+    """A JSON file's content, None if there is none."""
+    try:
+        return json.loads(storage.read_bytes(uri))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+
+
+def write_json(uri: str, value: Any) -> None:
+    """Write JSON, whole or not at all."""
+    storage.write_text_atomic(uri, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
