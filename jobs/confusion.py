@@ -14,6 +14,7 @@ from jobs.options import RunOptions, WorkerOptions
 from jobs.session import ray_session, tracked
 from pipelines import confusion as scoring
 from pipelines import confusion_heads as heads
+from pipelines import confusion_images as images
 from pipelines.members import Member, report
 from pipelines.progress import duration
 from pipelines.run import Run
@@ -39,18 +40,20 @@ class ConfusionOptions:
     """leave out members whose loss is not finite or that are right no more often than the commonest class"""
     bootstrap: bool = False
     """embeddings: each member learns from its own resampling of the corpus"""
+    schedule: Literal["constant", "step", "cosine", "one_cycle"] = "one_cycle"
+    """images: the learning rate's course; only with constant can a longer training go on from a shorter one"""
     batch_size: int = 128
     """samples per training step"""
     lr: float | None = None
-    """learning rate, constant on embeddings (default 1e-3, AdamW); on images the peak of a schedule"""
+    """learning rate (default: embeddings 1e-3, constant, AdamW; images 0.1, the peak of the schedule, SGD)"""
     weight_decay: float | None = None
-    """weight decay of the optimiser (embeddings: 0.01)"""
+    """weight decay of the optimiser (default: embeddings 0.01, images 5e-4)"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes a GPU where the cluster has one"""
     workers: int | None = None
     """training tasks and scoring actors (default: one per GPU, or one per CPU core)"""
     score_batch: int | None = None
-    """samples per product when scoring (default: what keeps logits within 32 MiB); does not change a score"""
+    """samples per product when scoring (default: what keeps logits within 32 MiB; images 256); does not change a score"""
 
     def __post_init__(self) -> None:
         for name in ("seeds", "epochs"):
@@ -61,42 +64,72 @@ class ConfusionOptions:
                 raise ValueError(f"--{name.replace('_', '-')} {value}: at least 1")
         if self.seed < 0:
             raise ValueError(f"--seed {self.seed}: at least 0")
+        if self.bootstrap and self.input == "images":
+            raise ValueError("--bootstrap: only with --input embeddings")
 
 
 def confusion(options: RunOptions, ensemble: ConfusionOptions) -> dict[str, Any]:
     """Train what is not trained yet, then score the run, and the other one where one is given."""
     run = Run.open(options.run)
     other = None if ensemble.score_run is None else Run.open(ensemble.score_run)
-    if ensemble.input == "images":
-        raise ValueError("--input images: not there yet")
     if other is not None:
-        scoring.check_same_encoder(run, other)
+        if ensemble.input == "embeddings":
+            scoring.check_same_encoder(run, other)
         other.embedding_facts()
-    training = _head_training(ensemble)
-    members = scoring.plan_members(run, training, range(ensemble.seed, ensemble.seed + ensemble.seeds))
+    training = _training(ensemble)
+    members = _members(run, training, ensemble)
     with tracked("confusion", options, ensemble) as tracker, ray_session(options):
         plan = _plan(ensemble)
-        corpus = heads.measure(run)
-        members, trained = _train(run, members, corpus, training, ensemble.epochs, plan)
-        kept, diverged = scoring.usable(members, ensemble.epochs, corpus.commonest, ensemble.drop_diverged)
+        before = sum(min(m.epochs, ensemble.epochs) for m in members)
+        say(
+            f"confusion: {len(members)} members × {ensemble.epochs} epochs of {training.form}, {before} epochs already "
+            f"trained, {plan.workers} workers on {plan.device}"
+        )
+        members, commonest = _train(run, members, training, ensemble.epochs, plan)
+        kept, diverged = scoring.usable(members, ensemble.epochs, commonest, ensemble.drop_diverged)
         _warn(diverged, ensemble.drop_diverged)
-        result = {"run": run.uri, "confusion": _score(run, run, kept, ensemble.epochs, plan)}
+        result = {"run": run.uri, "confusion": _score(run, run, kept, ensemble, plan)}
         if other is not None:
-            result |= {"score_run": other.uri, "scored": _score(other, run, kept, ensemble.epochs, plan)}
-        result |= {"epochs_trained": trained, "members": report(members, ensemble.epochs), "diverged": diverged}
+            result |= {"score_run": other.uri, "scored": _score(other, run, kept, ensemble, plan)}
+        result |= {
+            "epochs_trained": len(members) * ensemble.epochs - before,
+            "members": report(members, ensemble.epochs),
+            "diverged": diverged,
+        }
         tracker.metrics(result)
     return result
 
 
-def _head_training(ensemble: ConfusionOptions) -> heads.HeadTraining:
-    defaults = heads.HeadTraining()
-    return heads.HeadTraining(
-        model=ensemble.model or defaults.model,
-        batch_size=ensemble.batch_size,
-        learning_rate=defaults.learning_rate if ensemble.lr is None else ensemble.lr,
-        weight_decay=defaults.weight_decay if ensemble.weight_decay is None else ensemble.weight_decay,
-        bootstrap=ensemble.bootstrap,
-    )
+def _training(ensemble: ConfusionOptions) -> heads.HeadTraining | images.ImageTraining:
+    """How the members are trained: the options that were given, over the defaults of the input."""
+    chosen = {"model": ensemble.model, "learning_rate": ensemble.lr, "weight_decay": ensemble.weight_decay}
+    chosen = {name: value for name, value in chosen.items() if value is not None}
+    if ensemble.input == "embeddings":
+        return heads.HeadTraining(batch_size=ensemble.batch_size, bootstrap=ensemble.bootstrap, **chosen)
+    training = images.ImageTraining(batch_size=ensemble.batch_size, schedule=ensemble.schedule, **chosen)
+    training.recipe(ensemble.seed, ensemble.epochs)  # its own ValueError for a value that cannot be
+    return training
+
+
+def _members(run: Run, training: heads.HeadTraining | images.ImageTraining, ensemble: ConfusionOptions) -> list[Member]:
+    seeds = range(ensemble.seed, ensemble.seed + ensemble.seeds)
+    if isinstance(training, heads.HeadTraining):
+        return scoring.plan_members(run, training, seeds)
+    return images.plan_members(run, training, seeds, ensemble.epochs)
+
+
+def _train(
+    run: Run,
+    members: list[Member],
+    training: heads.HeadTraining | images.ImageTraining,
+    epochs: int,
+    plan: scoring.ScoringPlan,
+) -> tuple[list[Member], float]:
+    """The trained members, and the share of the commonest class: what one that learnt nothing is right about."""
+    if isinstance(training, heads.HeadTraining):
+        corpus = heads.measure(run)
+        return heads.train(run, members, corpus, training, epochs, plan.device, plan.workers), corpus.commonest
+    return images.train(run, members, training, epochs, plan.device), images.commonest_share(run)
 
 
 def _plan(ensemble: ConfusionOptions) -> scoring.ScoringPlan:
@@ -104,30 +137,16 @@ def _plan(ensemble: ConfusionOptions) -> scoring.ScoringPlan:
     return scoring.ScoringPlan(found.device, found.workers, found.cpus_per_worker, ensemble.score_batch)
 
 
-def _train(
-    run: Run,
-    members: list[Member],
-    corpus: heads.Corpus,
-    training: heads.HeadTraining,
-    epochs: int,
-    plan: scoring.ScoringPlan,
-) -> tuple[list[Member], int]:
-    before = sum(min(m.epochs, epochs) for m in members)
-    needed = len(members) * epochs - before
-    say(
-        f"confusion: {len(members)} members × {epochs} epochs of {training.form} on {corpus.rows:,} labelled samples, "
-        f"{before} epochs already trained, {plan.workers} workers on {plan.device}"
-    )
-    return heads.train(run, members, corpus, training, epochs, plan.device, plan.workers), needed
-
-
 def _warn(diverged: dict[int, str], dropped: bool) -> None:
     for seed, why in diverged.items():
         say(f"confusion: member of seed {seed} diverged, {'left out' if dropped else 'kept'}: {why}")
 
 
-def _score(run: Run, trained: Run, members: list[Member], epochs: int, plan: scoring.ScoringPlan) -> dict[str, Any]:
-    counts = scoring.score(run, trained, members, epochs, scoring.HeadScorer, plan)
+def _score(
+    run: Run, trained: Run, members: list[Member], ensemble: ConfusionOptions, plan: scoring.ScoringPlan
+) -> dict[str, Any]:
+    scorer = scoring.HeadScorer if ensemble.input == "embeddings" else images.NetworkScorer
+    counts = scoring.score(run, trained, members, ensemble.epochs, scorer, plan)
     say(
         f"confusion: {counts['rows']:,} rows of {run.uri}, {counts['shards_done']} shards done, "
         f"{counts['shards_skipped']} skipped, {duration(counts['seconds'])}"

@@ -51,7 +51,7 @@ class HeadTraining:
     @property
     def form(self) -> str:
         """The folder's name of such members."""
-        return "embeddings-" + self.model.replace(":", "-")
+        return "embeddings-" + self.model.replace(":", "-") + ("-bootstrap" if self.bootstrap else "")
 
 
 @dataclasses.dataclass(frozen=True)

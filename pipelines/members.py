@@ -3,7 +3,8 @@
     models/confusion/FORM/seed-0000/
       member.json                what it was made from (`source`), loss and accuracy of each finished epoch
       epoch-0001.safetensors …   the weights after that epoch
-      resume-0020.safetensors    optimiser state after the last one, to go on from
+      resume-0020.safetensors    heads: optimiser state after the last one, to go on from
+      training/                  networks: the training pipeline's own folder, which has that state
 
 `member.json` is written last, so an epoch counts once all its files are there.
 """
@@ -68,10 +69,11 @@ def find_member(run_uri: str, form: str, seed: int, source: str) -> Member:
 
 
 def commit_epoch(run_uri: str, member: Member, entry: dict[str, float], weights: State, resume: State) -> Member:
-    """Add an epoch to a member: its weights, the state to go on from, then the record that makes it count."""
+    """Add an epoch to a member: its weights, the state to go on from if there is any, then the record that makes it count."""
     grown = dataclasses.replace(member, history=(*member.history, entry))
     _save(weights, _path(run_uri, grown, "epoch", grown.epochs))
-    _save(resume, _path(run_uri, grown, "resume", grown.epochs))
+    if resume:
+        _save(resume, _path(run_uri, grown, "resume", grown.epochs))
     record = {"source": grown.source, "form": grown.form, "seed": grown.seed, "history": grown.history}
     storage.write_text_atomic(storage.join(run_uri, grown.folder, "member.json"), json.dumps(record, indent=1) + "\n")
     if member.epochs:
