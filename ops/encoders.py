@@ -17,7 +17,6 @@ import difflib
 import hashlib
 import importlib
 import importlib.util
-import logging
 import math
 import os
 import sys
@@ -149,7 +148,7 @@ def load_encoder(spec: str, *, l2: bool = False, projected: bool = True) -> Enco
     """
     spec = resolve_spec(spec)
     form, _, rest = spec.partition(":")
-    with _one_line_errors(spec), _quiet_libraries():
+    with _one_line_errors(spec):
         loaded = _open_clip(rest, projected) if form == "open_clip" else _FORMS[form](rest)
     loaded.module.cpu().float().eval().requires_grad_(False)
     encoder = _checked(dataclasses.replace(loaded, spec=spec, l2=l2))
@@ -385,18 +384,6 @@ def _one_line_errors(spec: str) -> Iterator[None]:
         if not isinstance(error, ValueError) and spec.startswith(("open_clip:", "timm:")) and "@" not in spec:
             hint = "; if this is a download that failed, fetch the weights elsewhere and give them as MODEL@FILE"
         raise ValueError(f"encoder {spec!r}: {kind}{_one_line(error)}{hint}") from error
-
-
-@contextlib.contextmanager
-def _quiet_libraries() -> Iterator[None]:
-    """open_clip and the hub's client log each retry, and open_clip sets up the root logger: the one error says it all."""
-    handlers, disabled = logging.root.handlers[:], logging.root.manager.disable
-    logging.disable(logging.ERROR)
-    try:
-        yield
-    finally:
-        logging.disable(disabled)
-        logging.root.handlers[:] = handlers
 
 
 def _one_line(error: BaseException) -> str:

@@ -2,7 +2,6 @@
 
 import functools
 import json
-import logging
 import os
 import pickle
 import subprocess
@@ -301,12 +300,6 @@ def test_open_clip_with_another_models_weights(small_clips):
     with pytest.raises(ValueError, match=r"loading state_dict for CLIP: Missing key") as caught:
         load_encoder(f"open_clip:tiny-vit@{folder / 'tiny-resnet.pt'}")
     assert "\n" not in str(caught.value)
-
-
-def test_the_root_logger_is_left_alone(small_clips):
-    handlers = logging.root.handlers[:]
-    load_encoder(f"open_clip:tiny-vit@{small_clips[0] / 'tiny-vit.pt'}")
-    assert logging.root.handlers == handlers and logging.root.manager.disable == 0
 
 
 @pytest.mark.parametrize("spec", ["timm:test_resnet", "timm:resnet10t.c3_in1k", "open_clip:ViT-B-32/laion2b_s34b_b79k"])
