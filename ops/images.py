@@ -167,8 +167,8 @@ def augment(image: torch.Tensor, seed: int | Sequence[int]) -> torch.Tensor:
 
     Notes
     -----
-    Cui et al. 2023, section 4: "random horizontal flipping and cropping", drawn anew in each of the five runs that the
-    Gaussians are fitted on.
+    Cui et al. 2023: random flips and crops (section 5), drawn anew in each of the five runs that the Gaussians are fitted
+    on (section 4).
     """
     rng = np.random.default_rng(seed)
     down, right = (int(rng.integers(-(side // 8), side // 8 + 1)) for side in image.shape[1:])
