@@ -7,7 +7,8 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from pipelines import calibrate, columns, detection, figures, storage
+from pipelines import columns, detection, figures, storage
+from pipelines.calibrate import MetaTargets, applied_calibration, fit_calibrator, save_calibration, split_shards
 from pipelines.evaluate import EVALUATION, Evaluation, Grouping, evaluate, store
 from pipelines.outcomes import Calibrator, PredictionSet, open_predictions
 from pipelines.run import Run
@@ -22,7 +23,7 @@ class Question:
     groups: str | None = None
     calibrate: tuple[str, ...] = ()
     calibration_shards: float = 0.2
-    targets: calibrate.MetaTargets = dataclasses.field(default_factory=calibrate.MetaTargets)
+    targets: MetaTargets = dataclasses.field(default_factory=MetaTargets)
     bootstrap: int = 200
     seed: int = 0
 
@@ -111,7 +112,7 @@ def _variants(
     if not question.calibrate:
         yield predictions.name, predictions, None, None
         return
-    before = calibrate.applied_calibration(run, predictions)
+    before = applied_calibration(run, predictions)
     if before:
         raise ValueError(
             f"--calibrate: predictions {predictions.name} are calibrated already ({before}); make them again with "
@@ -120,13 +121,13 @@ def _variants(
     if calibration_run is not None:
         fit_on, rest = open_predictions(calibration_run, predictions.name), predictions
     else:
-        fit_on, rest = calibrate.split_shards(predictions, question.calibration_shards, question.seed)
+        fit_on, rest = split_shards(predictions, question.calibration_shards, question.seed)
     yield predictions.name, rest, None, None
     for method in dict.fromkeys(question.calibrate):
-        calibrator = calibrate.fit_calibrator(method, fit_on, question.targets, question.seed)
+        calibrator = fit_calibrator(method, fit_on, question.targets, question.seed)
         note = f"{predictions.name}: {method} fitted on {len(fit_on.shards)} shards of {fit_on.run_uri}: {calibrator}"
         if len(question.calibrate) == 1:
-            folder = calibrate.save_calibration(run, predictions, calibrator, method, fit_on)
+            folder = save_calibration(run, predictions, calibrator, method, fit_on)
             note += f"; saved in {folder}" if folder else "; not saved, as no checkpoint is known to have made these"
         yield f"{predictions.name}.{method}", rest, calibrator, note
 
