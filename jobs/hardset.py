@@ -20,6 +20,7 @@ COMMANDS = (
     "predict",
     "evaluate",
     "trust",
+    "corrupt",
 )
 
 
