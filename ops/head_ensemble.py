@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from ops.checks import check_matrix
 
+BLOCK_BYTES = 32 << 20  # of logits that one product gives
 State = dict[str, torch.Tensor]  # one head: "0.weight" (out, in), "0.bias" (out,), with a hidden layer also "1.…"
 
 
@@ -131,6 +132,39 @@ def epoch_entropies(logits: torch.Tensor) -> torch.Tensor:
     return torch.special.entr(mean).sum(dim=2) / math.log(2)
 
 
-def rows_per_product(num_heads: int, num_outputs: int, limit_bytes: int = 32 << 20) -> int:
-    """How many rows keep one product of `num_heads` heads within `limit_bytes` of float32 logits (about a cache)."""
-    return int(np.clip(limit_bytes // (4 * num_heads * num_outputs), 1, 8192))
+class HeadEntropies:
+    """Per-epoch entropies of T × M trained heads, blocked so that what a product gives fits a cache.
+
+    Parameters
+    ----------
+    heads, device
+        As for `PackedHeads`.
+    rows : int, optional
+        At most so many rows in a product. Does not affect results beyond rounding.
+
+    Notes
+    -----
+    One product for all T × M heads where K is small. Where their logits of 512 rows exceed the block, a product takes the
+    members of some epochs only: with fewer rows it would wait for its weights.
+    """
+
+    def __init__(self, heads: Sequence[Sequence[State]], device: str = "cpu", rows: int | None = None):
+        outputs = len(heads[0]) * max(len(tensor) for tensor in heads[0][0].values() if tensor.ndim == 1)
+        step = max(1, BLOCK_BYTES // (4 * 512 * outputs))
+        self.products = [PackedHeads(heads[start : start + step], device) for start in range(0, len(heads), step)]
+        self.rows = rows_per_product(min(step, len(heads)) * outputs)
+        self.rows = self.rows if rows is None else min(rows, self.rows)
+
+    @torch.no_grad()
+    def __call__(self, features: torch.Tensor) -> torch.Tensor:
+        """Entropies (n, T) in bits, on the CPU, of features (n, d)."""
+        parts = [
+            torch.cat([epoch_entropies(product.logits(part)) for product in self.products], dim=1).cpu()
+            for part in features.split(self.rows)
+        ]
+        return torch.cat(parts)
+
+
+def rows_per_product(num_outputs: int) -> int:
+    """How many rows keep `num_outputs` float32 logits per row within a block."""
+    return int(np.clip(BLOCK_BYTES // (4 * num_outputs), 1, 8192))

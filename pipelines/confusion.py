@@ -21,7 +21,7 @@ import ray
 import torch
 from ray.data import ActorPoolStrategy
 
-from ops.head_ensemble import PackedHeads, epoch_entropies, rows_per_product
+from ops.head_ensemble import HeadEntropies
 from pipelines import columns
 from pipelines.members import Member, find_member, load_epoch, report
 from pipelines.progress import Progress
@@ -61,7 +61,7 @@ class ScoringPlan:
 
 
 class HeadScorer:
-    """The entropies of all heads, one product per batch of embeddings."""
+    """The entropies of all heads, in products of a batch of embeddings with many heads."""
 
     def __init__(self, run_uri: str, members: Sequence[Member], epochs: int, plan: ScoringPlan):
         with ThreadPoolExecutor(16) as pool:  # on an object store each checkpoint is a round trip
@@ -69,18 +69,12 @@ class HeadScorer:
             states = [[load.result() for load in epoch] for epoch in loads]
         self.mean, self.scale = states[0][0]["mean"], states[0][0]["scale"]
         heads = [[{k: v for k, v in s.items() if k not in ("mean", "scale")} for s in epoch] for epoch in states]
-        self.heads = PackedHeads(heads, plan.device)
-        outputs = self.heads.first[0].shape[1] // (epochs * len(members))
-        self.rows = rows_per_product(epochs * len(members), max(outputs, self.heads.num_classes))
-        self.rows = min(self.rows, plan.batch_rows or self.rows)
+        self.entropies = HeadEntropies(heads, plan.device, plan.batch_rows)
 
-    @torch.no_grad()
     def __call__(self, features: np.ndarray) -> np.ndarray:
         """Entropies (n, T) in bits of embeddings (n, d)."""
-        parts = []
-        for part in torch.from_numpy(features.astype(np.float32)).split(self.rows):
-            parts.append(epoch_entropies(self.heads.logits((part - self.mean) / self.scale)).cpu())
-        return torch.cat(parts).numpy()
+        x = torch.from_numpy(features.astype(np.float32))
+        return self.entropies((x - self.mean) / self.scale).numpy()
 
     def shard(self, run_uri: str, shard: int) -> Iterator[tuple[pa.RecordBatch, np.ndarray]]:
         """(keys, entropies) of a shard's batches."""

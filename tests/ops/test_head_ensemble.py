@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from ops.head_ensemble import HeadEnsemble, PackedHeads, epoch_entropies, rows_per_product
+from ops.head_ensemble import HeadEnsemble, HeadEntropies, PackedHeads, epoch_entropies, rows_per_product
 from tests.ops.golden import cases
 
 FORMS = pytest.mark.parametrize("hidden", [None, 5])
@@ -90,7 +90,21 @@ def test_heads_of_two_forms_and_features_of_another_width_are_refused():
         PackedHeads([[linear]]).logits(torch.zeros(2, 4))
 
 
+@FORMS
+@pytest.mark.parametrize("rows", [None, 1, 4])
+def test_entropies_in_blocks_are_those_of_the_whole(hidden, rows, monkeypatch):
+    ensemble = HeadEnsemble(range(6), 7, 4, hidden)
+    heads = [[ensemble.head(2 * epoch + member) for member in range(2)] for epoch in range(3)]
+    features = torch.randn(11, 7)
+    expected = epoch_entropies(PackedHeads(heads).logits(features)).detach()
+    torch.testing.assert_close(HeadEntropies(heads, rows=rows)(features), expected, rtol=1e-5, atol=1e-6)
+    monkeypatch.setattr("ops.head_ensemble.BLOCK_BYTES", 4 * 512 * 2 * (hidden or 4))
+    blocked = HeadEntropies(heads, rows=rows)
+    assert [product.num_epochs for product in blocked.products] == [1, 1, 1]
+    torch.testing.assert_close(blocked(features), expected, rtol=1e-5, atol=1e-6)
+
+
 def test_rows_per_product_bounds_the_logits():
-    assert rows_per_product(60, 10) == 8192
-    assert 4 * rows_per_product(60, 1000) * 60 * 1000 <= 32 << 20
-    assert rows_per_product(10_000, 100_000) == 1
+    assert rows_per_product(60 * 10) == 8192
+    assert 4 * rows_per_product(60 * 1000) * 60 * 1000 <= 32 << 20
+    assert rows_per_product(10**9) == 1

@@ -248,8 +248,8 @@ def test_a_constant_feature_and_one_far_from_zero_are_standardised(tmp_path):
 def test_memory_of_scoring_is_one_batch_whatever_the_shard(scored):
     run, _, members = scored
     scorer = HeadScorer(run.uri, members, 2, dataclasses.replace(PLAN, batch_rows=16))
-    sizes = []
-    whole = scorer.heads.logits
-    scorer.heads.logits = lambda x: sizes.append(len(x)) or whole(x)
+    (product,), sizes = scorer.entropies.products, []
+    whole = product.logits
+    product.logits = lambda x: sizes.append(len(x)) or whole(x)
     assert sum(len(found) for _, found in scorer.shard(run.uri, 0)) == 120
     assert max(sizes) == 16
