@@ -16,6 +16,7 @@ COMMANDS = (
     "select",
     "inspect",
     "confusion",
+    "train",
     "compare",
     "predict",
     "evaluate",

@@ -1,0 +1,425 @@
+"""A classifier from a run's embeddings or images, by any loss, weighted by difficulty, robust over groups.
+
+hardset train --run RUN --loss difficulty_entropy --weights difficulty.weight --eval-run RUN2
+"""
+
+import dataclasses
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+from jobs.command import Command, say
+from jobs.options import RunOptions, WorkerOptions
+from jobs.session import Tracker, ray_session, tracked
+
+if TYPE_CHECKING:
+    from pipelines.loop import Plan, Recipe
+    from pipelines.run import Run
+    from pipelines.train import Choices
+
+# What differs between a head that is trained in seconds and a network.
+DEFAULTS = {
+    "embeddings": {
+        "epochs": 20, "optimizer": "adamw", "lr": 1e-3, "weight_decay": 0.0, "schedule": "constant", "augment": "none",
+    },
+    "images": {
+        "epochs": 30, "optimizer": "sgd", "lr": 0.1, "weight_decay": 5e-4, "schedule": "one_cycle", "augment": "crop_flip",
+    },
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LearnOptions:
+    """What is learned from."""
+
+    loss: str = "cross_entropy"
+    """cross_entropy, label_smoothing, focal, difficulty_entropy, aurc, correctness_ranking … (a wrong name lists them)"""
+    loss_params: list[str] = dataclasses.field(default_factory=list)
+    """the loss's parameters, such as alpha=0.3 gamma=2"""
+    weights: str | None = None
+    """GROUP.COLUMN of weights per sample: difficulty_entropy takes them as they are (default difficulty.weight), any other
+    loss is multiplied by them, scaled to mean 1"""
+    groups: str | None = None
+    """COLUMN:EDGES such as confusion.confusion:5, or COLUMN:qN for N equally full groups: trained on by --group-method"""
+    groups_by_class: bool = False
+    """divide each group by class too"""
+    group_method: Literal["dro", "reweight", "erm"] = "dro"
+    """dro: GroupDRO; reweight: groups count equally; erm: groups are only evaluated"""
+    group_step_size: float = 0.01
+    """GroupDRO: step size of the adversarial weights, above or at 0"""
+    group_adjustment: float = 0.0
+    """GroupDRO: C of the adjustment C / sqrt(samples of the group)"""
+    sampler: Literal["uniform", "upsample", "balanced"] = "uniform"
+    """upsample: hard samples more often; balanced: each of --groups equally often"""
+    upsample: str | None = None
+    """COLUMN:EDGE or COLUMN:qN: samples of the highest interval are those that --sampler upsample repeats"""
+    upsample_factor: int = 2
+    """how often an upsampled sample comes in an epoch"""
+    eval_run: str | None = None
+    """run over other shards to evaluate on (with embeddings: by the same encoder)"""
+    holdout: float | None = None
+    """fraction of the samples, in [0, 1), held out; they decide the best epoch (default: 0.1 without --eval-run, else 0)"""
+    bins: str = "difficulty.rmd:q5"
+    """COLUMN:EDGES or COLUMN:qN whose intervals are evaluated one by one, where a run has the column"""
+    correctness: str = "correctness"
+    """column group for how often each sample was right, or none"""
+    input: Literal["embeddings", "images"] = "embeddings"
+    """what the classifier sees"""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelOptions:
+    """The classifier."""
+
+    model: str | None = None
+    """embeddings: linear, mlp:512, mlp:512x256; images: cifar_resnet20|32|56|110, cifar_preact_resnet56, cifar_wrn28_10 or a
+    name of timm's (default: linear; cifar_resnet20 up to 64 px, else resnet18)"""
+    image_size: int | None = None
+    """pixels (default: the first image's shorter side, at most 224)"""
+    small_images: bool = False
+    """timm: 3 x 3 stem without pooling, for 32 to 64 px (ResNets have it there anyway)"""
+    dropout: float = 0.0
+    """before the last layer, in [0, 1)"""
+    no_standardize: bool = False
+    """embeddings: take them as they are, not with mean 0 and variance 1"""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RecipeOptions:
+    """How it is trained."""
+
+    epochs: int | None = None
+    """passes over the data (default: 20 on embeddings, 30 on images)"""
+    batch_size: int = 128
+    """samples per step, over all workers together"""
+    optimizer: Literal["sgd", "adamw"] | None = None
+    """default: adamw on embeddings, sgd with momentum on images"""
+    lr: float | None = None
+    """peak learning rate (default: 0.001 on embeddings, 0.1 on images)"""
+    momentum: float = 0.9
+    """of sgd (Nesterov), in [0, 1)"""
+    weight_decay: float | None = None
+    """on matrices and kernels only (default: 0 on embeddings, 0.0005 on images)"""
+    schedule: Literal["constant", "step", "cosine", "one_cycle"] | None = None
+    """default: constant on embeddings, one_cycle on images"""
+    warmup: float = 0.0
+    """fraction of the steps with a linear rise, in [0, 1)"""
+    accumulate: int = 1
+    """pieces that a worker's part of a batch is computed in"""
+    clip: float = 0.0
+    """largest norm of the gradient; 0: no clipping"""
+    ema: float = 0.0
+    """decay per step of averaged weights, in [0, 1); 0: none"""
+    augment: Literal["none", "crop_flip", "randaugment"] | None = None
+    """images: default crop_flip (random crop after padding by an eighth, horizontal flip)"""
+    compile: bool = False
+    """torch.compile the model"""
+    criterion: Literal["accuracy", "nll", "ece", "worst_group_accuracy"] = "accuracy"
+    """what makes an epoch the best one"""
+    patience: int = 0
+    """epochs without a better one after which training stops; 0: never"""
+    seed: int = 0
+    """of initial weights, order and augmentation"""
+    window: int = 8192
+    """samples that are shuffled at a time where the data do not fit --cache-bytes"""
+    cache_bytes: int = 1 << 30
+    """decoded data up to this many bytes stay in each worker's memory, and every epoch is a full shuffle"""
+    threads: int = 2
+    """decoding threads of each worker"""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainerOptions:
+    """Where it is trained and kept."""
+
+    out: str | None = None
+    """folder of checkpoints; the same command goes on there (default: RUN/models/LOSS-HASH)"""
+    overwrite: bool = False
+    """forget what --out holds"""
+    workers: int = 1
+    """Ray Train workers (with GPUs one each)"""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto takes a GPU where the cluster has one; cuda without a GPU is an error"""
+    max_failures: int = 2
+    """times that failed workers are replaced, going on from the last epoch"""
+
+
+def train(
+    options: RunOptions, learn: LearnOptions, model: ModelOptions, recipe: RecipeOptions, trainer: TrainerOptions
+) -> dict[str, Any]:
+    """Plan, train, and say how good it is."""
+    from jobs import stages
+    from pipelines import train as training
+    from pipelines.objective import LossChoice
+    from pipelines.run import Run
+
+    # All that needs no data first: a mistake there is told at once.
+    loss, how = LossChoice.parse(learn.loss, learn.loss_params), _recipe(learn.input, recipe)
+    chosen = _choices(learn, model, loss.argument)
+    if trainer.workers < 1 or how.batch_size % trainer.workers:
+        raise ValueError(f"--workers {trainer.workers}: at least 1, and a divisor of --batch-size {how.batch_size}")
+    run = Run.open(options.run)
+    eval_run = None if learn.eval_run is None else Run.open(learn.eval_run)
+    with ray_session(options):
+        device = stages.resources(WorkerOptions(device=trainer.device)).device
+        plan = training.plan_training(run, trainer.out or "", loss, how, chosen, eval_run)
+        plan = _settled(plan, run, learn, trainer)
+        if done := _result_there(plan):
+            say(f"train: already done in {plan.out}; another --out or --overwrite trains again")
+            return done
+        with _tracked_once(plan, options, learn, model, recipe, trainer) as tracker:
+            started = time.monotonic()
+            log = EpochLog(tracker.uri, tracker.run_id) if tracker.run_id else None
+            workers = training.Workers(trainer.workers, device, trainer.max_failures)
+            say(
+                f"train: {plan.spec.model}, {sum(plan.expanded):,} samples an epoch, {trainer.workers} workers on {device}, {plan.out}"
+            )
+            outcome = training.train(plan, workers, log, _say_epoch(plan))
+            if learn.correctness != "none":
+                training.write_correctness(run, plan, outcome["history"], learn.correctness)
+            result = _result(plan, outcome, tracker, time.monotonic() - started)
+            tracker.metrics({k: v for k, v in result.items() if isinstance(v, float)})
+            _log_artifacts(plan, outcome, tracker)
+        _write_json(plan, "result.json", result)
+    say(
+        f"train: accuracy {result['accuracy']:.4f}, ece {result['ece']:.4f}, nll {result['nll']:.4f} "
+        f"(epoch {result['epoch'] + 1} of {result['epochs']}): {result['checkpoint']}"
+    )
+    return result
+
+
+def _recipe(kind: str, options: RecipeOptions) -> "Recipe":
+    from pipelines.loop import Recipe
+
+    values = dataclasses.asdict(options)
+    return Recipe(**{name: DEFAULTS[kind][name] if value is None else value for name, value in values.items()})
+
+
+def _choices(learn: LearnOptions, model: ModelOptions, argument: str | None) -> "Choices":
+    from pipelines.groups import GroupRule
+    from pipelines.train import Choices
+
+    def rule(text: str | None, option: str, by_class: bool = False) -> GroupRule | None:
+        return None if text is None else GroupRule.parse(text, option, by_class)
+
+    return Choices(
+        input=learn.input,
+        model=model.model,
+        weights=learn.weights or ("difficulty.weight" if argument == "weight" else None),
+        groups=rule(learn.groups, "--groups", learn.groups_by_class),
+        group_method=learn.group_method,
+        group_step_size=learn.group_step_size,
+        group_adjustment=learn.group_adjustment,
+        sampler=learn.sampler,
+        upsample=rule(learn.upsample, "--upsample"),
+        upsample_factor=learn.upsample_factor,
+        bins=rule(learn.bins, "--bins"),
+        holdout=learn.holdout,
+        image_size=model.image_size,
+        small_images=model.small_images,
+        dropout=model.dropout,
+        standardize=not model.no_standardize,
+    )
+
+
+def _settled(plan: "Plan", run: "Run", learn: LearnOptions, trainer: TrainerOptions) -> "Plan":
+    """The plan with its folder, which holds nothing, or an earlier part of the same training."""
+    from pipelines import storage
+    from pipelines.checkpoints import read_json
+
+    out = plan.out or run.path("models", f"{learn.loss}-{plan.lineage['source'][:12]}")
+    plan = dataclasses.replace(plan, out=storage.absolute(out))
+    storage.check_writable(plan.out)
+    if trainer.overwrite:
+        for name in ("best", "last", "state.pt", "curve.json", "result.json", "train.json", ".ray"):
+            storage.remove_tree(storage.join(plan.out, name))
+    before = read_json(storage.join(plan.out, "train.json"))
+    if before is not None and before["source"] != plan.lineage["source"]:
+        what = _difference(before["config"], plan.lineage["config"])
+        raise ValueError(f"--out {plan.out}: holds another training ({what}); take another --out, or --overwrite")
+    return plan
+
+
+def _difference(before: dict[str, Any], now: dict[str, Any]) -> str:
+    from jobs.session import flatten
+
+    before, now = flatten(before), flatten(json.loads(json.dumps(now)))
+    for name, value in now.items():
+        if before.get(name) != value:
+            return f"{name.rpartition('.')[2]} {before.get(name)!r} there, {value!r} asked for"
+    return "made from other embeddings or columns"
+
+
+def _result_there(plan: "Plan") -> dict[str, Any] | None:
+    from pipelines import storage
+    from pipelines.checkpoints import read_json
+
+    return read_json(storage.join(plan.out, "result.json"))
+
+
+def _tracked_once(plan: "Plan", options: RunOptions, *groups: Any) -> Any:
+    """The training's one MLflow run: a new one, or the one that an earlier attempt in the same folder began."""
+    from pipelines import storage
+    from pipelines.checkpoints import read_json
+
+    before = read_json(storage.join(plan.out, "train.json")) or {}
+    if before.get("mlflow_run_id") and options.mlflow != "none":
+        # MLflow's own way to go on with a run; the parameters are there already.
+        os.environ["MLFLOW_RUN_ID"] = before["mlflow_run_id"]
+        groups = ()
+    return _Remembered(plan, tracked("train", options, *groups), new=bool(groups))
+
+
+class _Remembered:
+    """`tracked`, with the run's id and the lineage noted in the training's folder before any work starts."""
+
+    def __init__(self, plan: "Plan", inner: Any, new: bool):
+        self.plan, self.inner, self.new = plan, inner, new
+
+    def __enter__(self) -> Tracker:
+        tracker = self.inner.__enter__()
+        lineage = self.plan.lineage
+        record = {"source": lineage["source"], "config": lineage["config"], "mlflow_run_id": tracker.run_id}
+        _write_json(self.plan, "train.json", record)
+        if tracker.run_id and self.new:
+            import mlflow
+
+            mlflow.set_tags(
+                {f"lineage.{name}": str(lineage[name]) for name in ("run", "eval_run", "encoder", "source")}
+            )
+            mlflow.set_tags({"lineage.out": self.plan.out})
+        return tracker
+
+    def __exit__(self, *error: Any) -> None:
+        self.inner.__exit__(*error)
+
+
+@dataclasses.dataclass(frozen=True)
+class EpochLog:
+    """Logs an epoch's numbers to an MLflow run that the driver made; called in rank 0's process."""
+
+    uri: str
+    run_id: str
+
+    def __call__(self, metrics: dict[str, float], step: int) -> None:
+        from mlflow import MlflowClient
+        from mlflow.entities import Metric
+
+        now = int(time.time() * 1000)
+        numbers = [Metric(name, value, now, step) for name, value in metrics.items() if value == value]
+        MlflowClient(tracking_uri=self.uri).log_batch(self.run_id, metrics=numbers)
+
+
+def _say_epoch(plan: "Plan") -> Callable[[dict[str, Any]], None]:
+    shown = plan.evaluations[-1].name
+
+    def watch(epoch: dict[str, Any]) -> None:
+        found = epoch[shown]
+        worst = f" · worst group {found['worst_group_accuracy']:.4f}" if "worst_group_accuracy" in found else ""
+        say(
+            f"epoch {epoch['epoch'] + 1}/{plan.recipe.epochs}: loss {epoch['train_loss']:.4f} · {shown} accuracy "
+            f"{found['accuracy']:.4f} · ece {found['ece']:.4f} · nll {found['nll']:.4f}{worst} · "
+            f"{epoch['samples_per_second']:,.0f} samples/s"
+        )
+
+    return watch
+
+
+def _result(plan: "Plan", outcome: dict[str, Any], tracker: Tracker, seconds: float) -> dict[str, Any]:
+    from pipelines import storage
+
+    curve, best, reported = outcome["curve"], outcome["best"], plan.evaluations[-1].name
+    found = curve[best][reported]
+    return {
+        **{name: found[name] for name in ("accuracy", "ece", "ece_mass", "nll", "samples")},
+        **{name: found[name] for name in ("worst_group_accuracy", "groups", "bins") if name in found},
+        "last": {name: curve[-1][reported][name] for name in ("accuracy", "ece", "ece_mass", "nll")},
+        "evaluated_on": reported,
+        "epoch": best,
+        "epochs": len(curve),
+        "train_samples": sum(plan.counts),
+        "seconds": seconds,
+        "seconds_to_first_step": curve[0]["seconds_to_first_step"],
+        "samples_per_second": curve[-1]["samples_per_second"],
+        "checkpoint": storage.join(plan.out, "best"),
+        "out": plan.out,
+        "mlflow_run_id": tracker.run_id,
+    }
+
+
+def _write_json(plan: "Plan", name: str, value: Any) -> None:
+    from pipelines import storage
+    from pipelines.checkpoints import write_json
+
+    write_json(storage.join(plan.out, name), json.loads(json.dumps(value)))
+
+
+def _log_artifacts(plan: "Plan", outcome: dict[str, Any], tracker: Tracker) -> None:
+    """The curves, the groups' confusion matrices, and the model with its signature."""
+    if not tracker.run_id:
+        return
+    import mlflow
+
+    curve = outcome["curve"]
+    mlflow.log_dict(curve, "curve.json")
+    mlflow.log_dict(plan.lineage, "lineage.json")
+    mlflow.log_figure(_figure(curve, plan.evaluations[-1].name), "curves.png")
+    for number, group in enumerate(curve[outcome["best"]][plan.evaluations[-1].name].get("groups", [])):
+        mlflow.log_dict(group, f"groups/{number}.json")
+    _log_model(plan)
+
+
+def _figure(curve: list[dict[str, Any]], name: str) -> Any:
+    from matplotlib.figure import Figure
+
+    epochs = range(1, len(curve) + 1)
+    figure = Figure(figsize=(10, 3), layout="constrained")
+    for axis, metric in zip(figure.subplots(1, 3), ("accuracy", "ece", "nll")):
+        axis.plot(epochs, [epoch[name][metric] for epoch in curve], label=name)
+        for number, group in enumerate(curve[-1][name].get("groups", []) if metric in ("accuracy", "ece") else []):
+            axis.plot(epochs, [epoch[name]["groups"][number][metric] for epoch in curve], lw=0.8, label=group["name"])
+        axis.set(xlabel="epoch", ylabel=metric)
+        if len(axis.lines) > 1:
+            axis.legend(fontsize=6)
+    return figure
+
+
+def _log_model(plan: "Plan") -> None:
+    import mlflow
+    import numpy as np
+    import torch
+    from mlflow.models import ModelSignature
+    from mlflow.types import Schema, TensorSpec
+
+    from pipelines import storage
+    from pipelines.checkpoints import read_classifier
+
+    spec = plan.spec
+    shape = (spec.width,) if spec.input == "embeddings" else (3, spec.image_size, spec.image_size)
+    kind = np.dtype("float32" if spec.input == "embeddings" else "uint8")
+    logits = TensorSpec(np.dtype("float32"), (-1, spec.num_classes), "logits")
+    mlflow.pytorch.log_model(
+        read_classifier(storage.join(plan.out, "best")),
+        name="model",
+        signature=ModelSignature(Schema([TensorSpec(kind, (-1, *shape), spec.input)]), Schema([logits])),
+        # Two samples: from one, the exported graph would take one sample for ever.
+        input_example=np.zeros((2, *shape), kind),
+        serialization_format="pt2",  # a graph and tensors, no pickle
+        # Named, as inferring them would load the model in another process.
+        pip_requirements=[f"torch=={torch.__version__.partition('+')[0]}", "numpy"],
+    )
+
+
+COMMAND = Command("train", __doc__, (RunOptions, LearnOptions, ModelOptions, RecipeOptions, TrainerOptions), train)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit status."""
+    return COMMAND.main(argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
