@@ -400,11 +400,11 @@ def _log_model(plan: "Plan") -> None:
     spec = plan.spec
     shape = (spec.width,) if spec.input == "embeddings" else (3, spec.image_size, spec.image_size)
     kind = np.dtype("float32" if spec.input == "embeddings" else "uint8")
-    logits = TensorSpec(np.dtype("float32"), (-1, spec.num_classes), "logits")
+    logits = TensorSpec(np.dtype("float32"), (-1, spec.num_classes))
     mlflow.pytorch.log_model(
         read_classifier(storage.join(plan.out, "best")),
         name="model",
-        signature=ModelSignature(Schema([TensorSpec(kind, (-1, *shape), spec.input)]), Schema([logits])),
+        signature=ModelSignature(Schema([TensorSpec(kind, (-1, *shape))]), Schema([logits])),
         # Two samples: from one, the exported graph would take one sample for ever.
         input_example=np.zeros((2, *shape), kind),
         serialization_format="pt2",  # a graph and tensors, no pickle

@@ -197,8 +197,7 @@ class Training:
     @property
     def done(self) -> bool:
         """All epochs, or no better one for `patience` of them."""
-        patience = self.plan.recipe.patience
-        return self.epoch >= self.plan.recipe.epochs or bool(patience and self.epoch - 1 - self.best >= patience)
+        return is_done(self.plan.recipe, self.epoch, self.best)
 
     def run_epoch(self) -> dict[str, Any]:
         """Train one epoch, evaluate, note; the epoch's metrics."""
@@ -401,6 +400,11 @@ class Training:
             width=self.plan.spec.width or 0,
             threads=recipe.threads,
         )
+
+
+def is_done(recipe: Recipe, epoch: int, best: int) -> bool:
+    """Whether training ends after `epoch` epochs of which number `best`, from 0, was the best."""
+    return epoch >= recipe.epochs or bool(recipe.patience and epoch - 1 - best >= recipe.patience)
 
 
 def lr_factor(recipe: Recipe, progress: float) -> float:

@@ -25,7 +25,7 @@ from pipelines import columns, storage
 from pipelines.assess import Evaluation
 from pipelines.checkpoints import read_json, read_state
 from pipelines.groups import GroupRule, Resampling
-from pipelines.loop import Log, Plan, Recipe, Workplace, train_classifier
+from pipelines.loop import Log, Plan, Recipe, Workplace, is_done, train_classifier
 from pipelines.objective import Grouping, LossChoice
 from pipelines.run import Run, StageFailed, fingerprint
 from pipelines.samples import LabelSource
@@ -359,6 +359,9 @@ def train(
     StageFailed
         If the workers failed more than `max_failures` times. What is saved stays; the same call goes on from there.
     """
+    before = read_state(plan.state_path)
+    if before is not None and is_done(plan.recipe, before["epoch"], before["best"]):
+        return finished(plan)
     cpus = ray.cluster_resources().get("CPU", 1)
     share = max(1, int(cpus // workers.count)) if cpus >= workers.count else 0.9 * cpus / workers.count
     trainer = ray.train.torch.TorchTrainer(

@@ -1,0 +1,93 @@
+"""`hardset train` end to end on a small run: JSON, checkpoint, one MLflow run, nothing done twice, mistakes in one line."""
+
+import json
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from jobs import train
+from ops.models import load_classifier
+from pipelines import columns
+from tests.pipelines.synthetic import make_run
+
+FEW = ["--epochs", "2", "--batch-size", "20", "--lr", "0.05"]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Two runs over different shards, with rmd and weight."""
+    folder, uris = tmp_path_factory.mktemp("jobs-train"), []
+    for number in range(2):
+        run, _, _ = make_run(folder / str(number), (40, 25))
+        for shard in range(2):
+            table = columns.read(run.uri, "embeddings", shard, ["key", "shard", "row"])
+            rmd = np.random.default_rng([number, shard]).normal(size=table.num_rows).astype(np.float32)
+            table = table.append_column("rmd", pa.array(rmd)).append_column("weight", pa.array(1 / (1 + np.exp(-rmd))))
+            columns.write(run.uri, "difficulty", shard, table, "by hand")
+        uris.append(run.uri)
+    return uris
+
+
+def main(capsys, *argv):
+    """(exit status, the JSON object or None, standard error) of a training."""
+    status = train.main([*argv, "--json"])
+    out, err = capsys.readouterr()
+    return status, json.loads(out.splitlines()[-1]) if status == 0 else None, err
+
+
+def test_a_training_from_start_to_end(runs, ray_session, tmp_path, capsys):
+    mlflow = pytest.importorskip("mlflow")
+    uri, out = f"sqlite:///{tmp_path}/mlflow.db", tmp_path / "out"
+    argv = ["--run", runs[0], "--eval-run", runs[1], "--loss", "difficulty_entropy", "--loss-params", "alpha=0.2"]
+    argv += ["--groups", "difficulty.rmd:0", "--out", str(out), "--mlflow", uri, *FEW]
+    status, result, _ = main(capsys, *argv)
+    assert status == 0 and 0 <= result["ece"] <= 1 and 0 <= result["ece_mass"] <= 1 and result["nll"] > 0
+    assert result["accuracy"] > 0.4 and result["samples"] == 65 and len(result["groups"]) == 2
+    assert load_classifier(result["checkpoint"]).extra["lineage"]["run"] == runs[0]
+
+    client = mlflow.MlflowClient(uri)
+    logged = client.get_run(result["mlflow_run_id"])
+    assert logged.info.status == "FINISHED" and logged.data.params["loss"] == "difficulty_entropy"
+    assert logged.data.metrics["accuracy"] == pytest.approx(result["accuracy"])
+    assert len(client.get_metric_history(result["mlflow_run_id"], "eval.accuracy")) == 2
+    assert {"curves.png", "curve.json", "groups"} <= {a.path for a in client.list_artifacts(result["mlflow_run_id"])}
+    assert logged.outputs.model_outputs
+
+    # Again: nothing is trained. Then as if it had been killed before its end: one MLflow run still.
+    before = (out / "state.pt").stat().st_mtime_ns
+    assert main(capsys, *argv)[1] == result and (out / "state.pt").stat().st_mtime_ns == before
+    (out / "result.json").unlink()
+    again = main(capsys, *argv)[1]
+    assert again["mlflow_run_id"] == result["mlflow_run_id"] and again["accuracy"] == result["accuracy"]
+    assert len(client.search_runs([logged.info.experiment_id])) == 1
+
+    status, _, error = main(capsys, *argv, "--seed", "1")
+    assert status == 2 and "seed 0 there, 1 asked for" in error
+
+    table = columns.join(runs[0], 0, ["correctness.correctness", "correctness.epochs"])
+    assert set(table["correctness.epochs"].to_pylist()) == {2}
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--loss", "nothing"], "--loss nothing"),
+        (["--loss-params", "alpha=1"], "--loss-params alpha"),
+        (["--weights", "difficulty.nothing"], "difficulty.nothing"),
+        (["--weights", "weight"], "GROUP.COLUMN"),
+        (["--groups", "confusion.confusion:5"], "confusion"),
+        (["--groups", "difficulty.rmd:1000"], "has no samples"),
+        (["--model", "resnet18"], "--model resnet18"),
+        (["--workers", "3"], "--workers 3"),
+        (["--sampler", "upsample"], "--upsample"),
+        (["--eval-run", "/nowhere"], "/nowhere"),
+        (["--epochs", "0"], "--epochs 0"),
+        (["--input", "images", "--model", "cifar_resnet9"], "cifar_resnet9"),
+    ],
+)
+def test_a_mistake_is_told_in_one_line(runs, ray_session, tmp_path, capsys, words, message):
+    out = tmp_path / "out"
+    status, _, error = main(capsys, "--run", runs[0], "--out", str(out), "--mlflow", "none", *words)
+    assert status == 2 and message in error and error.strip().count("\n") == 0
+    assert not out.exists()
