@@ -12,9 +12,13 @@ import typing
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
+import numpy as np
+import pyarrow as pa
 from docstring_parser import parse_from_object
 from jsonargparse import ActionConfigFile, ArgumentParser
 
+# Kinds of ValueError that no option causes: with their traceback they can be mended.
+BUGS = (np.linalg.LinAlgError, pa.ArrowInvalid, UnicodeDecodeError)
 Body = Callable[..., dict[str, Any]]
 
 
@@ -68,6 +72,8 @@ class Command:
             parser.error(str(error))
 
     def _run(self, options: list[Any]) -> int:
+        from ray.exceptions import RayError
+
         from pipelines.run import StageFailed
 
         try:
@@ -78,9 +84,9 @@ class Command:
             cause = _root_cause(error)
             if isinstance(cause, StageFailed):
                 return self._fail(1, str(cause))
-            if isinstance(cause, ValueError) and not os.environ.get("HARDSET_TRACEBACK"):
+            if isinstance(cause, ValueError) and type(cause) not in BUGS and not os.environ.get("HARDSET_TRACEBACK"):
                 return self._fail(2, f"error: {cause}")
-            if isinstance(cause, OSError) and not os.environ.get("HARDSET_TRACEBACK"):
+            if isinstance(cause, OSError | RayError) and not os.environ.get("HARDSET_TRACEBACK"):
                 return self._fail(1, f"{type(cause).__name__}: {cause}; finished shards are kept")
             raise
         if any(getattr(group, "json", False) for group in options):

@@ -1,4 +1,4 @@
-"""The main job: embed, fit, score, select, report.
+"""The main job: embed, fit, score, select.
 
 hardset curate --shards 'DIR/train-{000000..000049}.tar' --run RUN --encoder open_clip:ViT-B-32/laion2b_s34b_b79k
 """
@@ -24,6 +24,7 @@ def curate(
 
     groups = (corpus, workers, gaussians, weights, selection)
     run = stages.open_run(options, corpus)
+    stages.check(run, gaussians, selection)
     with tracked("curate", options, *groups) as tracker, ray_session(options):
         result = {
             "run": run.uri,

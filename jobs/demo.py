@@ -34,9 +34,13 @@ class DemoOptions:
 def demo(options: DemoOptions) -> dict:
     """Write the corpus, curate it, and say how well the faults were found."""
     out = pathlib.Path(options.out).resolve()
+    marker = out / ".hardset-demo"
     for part in ("shards", "run"):
+        if (out / part).exists() and not marker.exists():
+            raise ValueError(f"--out {options.out}: its {part}/ is not of an earlier demo; take another folder")
         storage.remove_tree(str(out / part))
     out.mkdir(parents=True, exist_ok=True)
+    marker.touch()
     faults = write_digits(str(out / "shards"))
     run_uri, tracking = str(out / "run"), f"sqlite:///{out / 'mlflow.db'}"
     say("1,797 handwritten digits, 5 % of the labels flipped, 25 % noisy at five severities, 6 broken files")

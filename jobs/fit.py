@@ -3,6 +3,7 @@
 hardset fit --run RUN
 """
 
+import dataclasses
 import sys
 from collections.abc import Sequence
 
@@ -21,7 +22,9 @@ def fit(
     """Fit the class-conditional and class-agnostic Gaussians, unless they are up to date."""
     from jobs import stages
 
-    run = stages.open_run(options, corpus)
+    run = stages.open_run(options, dataclasses.replace(corpus, overwrite=False))
+    if corpus.overwrite:
+        run.forget("fit", "gaussians.npz")
     with tracked("fit", options, gaussians) as tracker, ray_session(options):
         result = {"run": run.uri, "fit": stages.fit(run, gaussians, workers)}
         tracker.metrics(result)

@@ -37,20 +37,20 @@ class CorpusOptions:
     """webdataset shards: quoted braces, globs, a folder, s3://…, a text file of URLs, '::' between sources"""
     encoder: str | None = None
     """open_clip:MODEL/TAG, open_clip:MODEL@FILE, timm:NAME, timm:NAME@FILE, pixels:SIZE or module:FILE.py:FACTORY"""
-    label: str = "cls"
-    """cls, json:FIELD, or none for images without labels"""
+    label: str | None = None
+    """cls (the default), json:FIELD, or none for images without labels"""
     classes: str | None = None
     """text file of class names, one a line, in the order of the labels; then cls may hold names"""
-    views: int = 1
-    """views per image that the Gaussians are fitted on: the plain one and views - 1 augmented (the paper: 5)"""
+    views: int | None = None
+    """views per image that the Gaussians are fitted on: the plain one and views - 1 augmented (default 1; the paper: 5)"""
     normalize: bool = False
     """scale each embedding to unit length"""
-    dtype: Literal["float16", "float32"] = "float32"
-    """precision of stored embeddings"""
-    max_pixels: int = 100_000_000
-    """an image of more pixels than this goes to quarantine undecoded"""
+    dtype: Literal["float16", "float32"] | None = None
+    """precision of stored embeddings (default float32)"""
+    max_pixels: int | None = None
+    """an image of more pixels than this goes to quarantine undecoded (default 100,000,000)"""
     overwrite: bool = False
-    """remove what the run holds and start afresh"""
+    """remove what the run holds and start afresh; fit and score: only what they make"""
 
     def __post_init__(self) -> None:
         at_least(self, 1, ("views", "max_pixels"))
@@ -58,10 +58,10 @@ class CorpusOptions:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class WorkerOptions:
-    """Where it is computed; none of this changes a result."""
+    """Where it is computed. Only the device changes a result: a GPU runs the encoder in bfloat16."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto takes a GPU where the cluster has one and says so; cuda without a GPU is an error"""
+    """auto takes a GPU where there is one and says so; cuda waits for the GPUs of an autoscaling cluster"""
     workers: int | None = None
     """embedding actors (default: one per GPU, or one per CPU core)"""
     batch_size: int = 64
@@ -81,7 +81,7 @@ class GaussianOptions:
 
     gaussians: str | None = None
     """score with the Gaussians of this other run, fit nothing"""
-    shrinkage: str = "auto"
+    shrinkage: str | float = "auto"
     """none, oas, a number in [0, 1], or auto: none where the condition number allows it, else oas"""
 
     def __post_init__(self) -> None:

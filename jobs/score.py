@@ -3,6 +3,7 @@
 hardset score --run RUN
 """
 
+import dataclasses
 import sys
 from collections.abc import Sequence
 
@@ -21,7 +22,9 @@ def score(
     """Write the difficulty columns of the shards whose inputs changed."""
     from jobs import stages
 
-    run = stages.open_run(options, corpus)
+    run = stages.open_run(options, dataclasses.replace(corpus, overwrite=False))
+    if corpus.overwrite:
+        run.forget("score", "difficulty")
     with tracked("score", options, gaussians, weights) as tracker, ray_session(options):
         if gaussians.gaussians is not None:
             stages.fit(run, gaussians, workers)

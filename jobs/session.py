@@ -89,13 +89,13 @@ def tracked(command: str, options: RunOptions, *config: Any) -> Iterator[Tracker
         return
     import mlflow
 
-    for noisy in ("alembic", "mlflow"):
+    for noisy in ("alembic", "mlflow", "huggingface_hub"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
 
     try:
         mlflow.set_tracking_uri(uri)
         _set_experiment(mlflow, uri)
-    except mlflow.exceptions.MlflowException as error:
+    except (mlflow.exceptions.MlflowException, OSError) as error:
         raise ValueError(f"--mlflow {uri}: {' '.join(str(error).split())[:200]}") from None
     with mlflow.start_run(run_name=f"{command} {pathlib.PurePath(options.run).name}") as active:
         params = {"command": command, "run": options.run}

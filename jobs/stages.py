@@ -1,6 +1,7 @@
 """What curate and its stages share: opening the run that the options ask for, and one function per stage."""
 
 import dataclasses
+import importlib.util
 from typing import Any
 
 import ray
@@ -8,11 +9,11 @@ import ray
 from jobs.command import say
 from jobs.options import CorpusOptions, GaussianOptions, RunOptions, SelectOptions, WeightOptions, WorkerOptions
 from ops.encoders import load_encoder
+from pipelines import columns, storage
 from pipelines import embed as embedding
 from pipelines import fit as fitting
 from pipelines import score as scoring
 from pipelines import select as selecting
-from pipelines import storage
 from pipelines.progress import bottleneck, duration
 from pipelines.run import CorpusConfig, Run
 from pipelines.shards import LabelSource, expand_shards
@@ -34,27 +35,25 @@ def open_run(options: RunOptions, corpus: CorpusOptions) -> Run:
         say(
             f"shards: {len(shards)}, {sum(s.size for s in shards) / 1e6:,.1f} MB, first {shards[0].url}, last {shards[-1].url}"
         )
-    spec = corpus.encoder if corpus.encoder is not None else run.config.encoder
-    return Run.create(options.run, _corpus_config(spec, corpus), shards, overwrite=corpus.overwrite)
+    known = Run.open(options.run).config if Run.exists(options.run) and not corpus.overwrite else None
+    return Run.create(options.run, _corpus_config(corpus, known), shards, overwrite=corpus.overwrite)
 
 
-def _corpus_config(spec: str, corpus: CorpusOptions) -> CorpusConfig:
-    names = None
+def _corpus_config(corpus: CorpusOptions, known: CorpusConfig | None) -> CorpusConfig:
+    """What the options say; where they say nothing, what the run that is there was made with; else the defaults."""
+    asked = {name: getattr(corpus, name) for name in ("label", "views", "dtype", "max_pixels")}
+    asked["normalize"] = corpus.normalize or None
     if corpus.classes is not None:
-        names = tuple(line.strip() for line in _read_text(corpus.classes).splitlines() if line.strip())
-    LabelSource(corpus.label, names)  # its own ValueError for a label source that is none
-    encoder = load_encoder(spec, l2=corpus.normalize)
-    return CorpusConfig(
-        encoder=encoder.spec,
-        encoder_fingerprint=encoder.fingerprint,
-        width=encoder.width,
-        label=corpus.label,
-        class_names=names,
-        views=corpus.views,
-        normalize=corpus.normalize,
-        dtype=corpus.dtype,
-        max_pixels=corpus.max_pixels,
-    )
+        asked["class_names"] = tuple(line.strip() for line in _read_text(corpus.classes).splitlines() if line.strip())
+    values = {name: value for name, value in asked.items() if value is not None}
+    if known is not None:
+        values = {f.name: getattr(known, f.name) for f in dataclasses.fields(known)} | values
+    spec = corpus.encoder if corpus.encoder is not None else values["encoder"]
+    encoder = load_encoder(spec, l2=values.get("normalize", False))
+    values |= {"encoder": encoder.spec, "encoder_fingerprint": encoder.fingerprint, "width": encoder.width}
+    config = CorpusConfig(**values)
+    LabelSource(config.label, config.class_names)  # its own ValueError for a label source that is none
+    return config
 
 
 def _read_text(uri: str) -> str:
@@ -65,16 +64,41 @@ def _read_text(uri: str) -> str:
 
 
 def resources(workers: WorkerOptions) -> embedding.Resources:
-    """Actors for the cluster that is there. Never silently on the CPU: the choice is said, `cuda` without one an error."""
+    """Actors for the cluster that is there. Never silently on the CPU: the choice is said.
+
+    `--device cuda` is taken at its word on a cluster, whose GPUs may only come once work waits for them.
+    """
     cluster = ray.cluster_resources()
-    gpus, cpus = int(cluster.get("GPU", 0)), cluster.get("CPU", 1)
-    if workers.device == "cuda" and not gpus:
+    gpus, cpus = int(cluster.get("GPU", 0)), cluster.get("CPU", 0)
+    alone = len(ray.nodes()) == 1 and cpus > 0  # not the empty head of an autoscaling cluster
+    if workers.device == "cuda" and not gpus and alone:
         raise ValueError("--device cuda: Ray knows no GPU here; take --device cpu, or a cluster with GPUs")
-    device = "cuda" if gpus and workers.device != "cpu" else "cpu"
-    count = workers.workers or (gpus if device == "cuda" else max(1, int(cpus)))
-    # Half the cores for the actors, the rest for reading and writing: actors and reads must fit side by side.
-    share = 1.0 if device == "cuda" else max(0.1, min(0.5, 0.5 * cpus / count))
-    return embedding.Resources(device, count, share, workers.batch_size)
+    device = "cuda" if workers.device == "cuda" or (gpus and workers.device == "auto") else "cpu"
+    count = workers.workers or max(1, gpus if device == "cuda" else int(cpus))
+    # At most half the cores for the actors: reads and writes must fit beside them, or nothing ever runs.
+    share = min(1.0 if device == "cuda" else 0.5, 0.5 * cpus / count if alone else 1.0)
+    return embedding.Resources(device, count, round(share, 4), workers.batch_size)
+
+
+def array_device(workers: WorkerOptions) -> str:
+    """Where fit and score compute: on the GPU where cupy is installed, else on the CPU, which is said."""
+    device = resources(workers).device
+    if device == "cuda" and importlib.util.find_spec("cupy") is None:
+        say("cupy is not installed (pip install 'hardset[gpu]'): the Gaussians are computed on the CPU")
+        return "cpu"
+    return device
+
+
+def check(run: Run, gaussians: GaussianOptions, selection: SelectOptions) -> None:
+    """Find the mistakes that can be found before any work: another run's Gaussians, the subset's rule and name."""
+    if gaussians.gaussians is not None:
+        fitting.check_adoptable(run, Run.open(gaussians.gaussians))
+    selecting.check_name(selection.name)
+    group, column = columns.split_name(rule(selection).by)
+    if group == columns.DIFFICULTY and column not in [*columns.DIFFICULTY_SCHEMA.names, columns.KMEANS.name]:
+        raise ValueError(
+            f"--by {selection.by}: there is no such column, there are {', '.join(columns.DIFFICULTY_SCHEMA.names)}"
+        )
 
 
 def embed(run: Run, workers: WorkerOptions) -> dict[str, Any]:
@@ -97,7 +121,7 @@ def fit(run: Run, gaussians: GaussianOptions, workers: WorkerOptions) -> dict[st
         entry = fitting.adopt(run, Run.open(gaussians.gaussians))
         say(f"fit: nothing fitted, Gaussians of {gaussians.gaussians} ({entry['samples']:,} samples)")
         return entry
-    entry = fitting.fit(run, gaussians.amount(), resources(workers).device)
+    entry = fitting.fit(run, gaussians.amount(), array_device(workers))
     done = "already fitted on" if entry["skipped"] else f"{duration(entry['seconds'])},"
     say(
         f"fit: {done} {entry['samples']:,} samples, {entry['classes']} classes, d = {entry['width']}, rank {entry['rank']}, "
@@ -114,7 +138,7 @@ def score(run: Run, weights: WeightOptions, workers: WorkerOptions) -> dict[str,
     """Write the difficulty columns."""
     weighting = scoring.Weighting(weights.temperature, weights.c, weights.scale)
     centers = None if weights.kmeans is None else scoring.kmeans_centers(run, weights.kmeans, weights.seed)
-    counts = scoring.score(run, weighting, centers, resources(workers).device)
+    counts = scoring.score(run, weighting, centers, array_device(workers))
     say(
         f"score: {counts['rows']:,} rows, {counts['shards_done']} shards done, "
         f"{counts['shards_skipped']} skipped, {duration(counts['seconds'])}"
@@ -124,13 +148,17 @@ def score(run: Run, weights: WeightOptions, workers: WorkerOptions) -> dict[str,
 
 def select(run: Run, options: SelectOptions) -> dict[str, Any]:
     """Write a subset."""
-    rule = selecting.Rule(options.by, options.amount, options.bottom is not None, options.per_class)
-    entry = selecting.select(run, rule, options.name, options.samples_per_shard)
+    entry = selecting.select(run, rule(options), options.name, options.samples_per_shard)
     done = "already there" if entry["skipped"] else duration(entry["seconds"])
     say(
         f"select {options.name}: {entry['samples']:,} samples, {entry['rule']}, in {entry['shards']} shards, {done}: {entry['path']}"
     )
     return entry
+
+
+def rule(options: SelectOptions) -> selecting.Rule:
+    """The rule that the options spell."""
+    return selecting.Rule(options.by, options.amount, options.bottom is not None, options.per_class)
 
 
 def ranked_by_what_is_there(run: Run, options: SelectOptions) -> SelectOptions:

@@ -370,7 +370,7 @@ def difficulty_entropy(logits: Array, targets: Array, weight: Array, alpha: floa
     Raises
     ------
     ValueError
-        As `cross_entropy`; weight of another shape, NaN or negative; alpha negative.
+        As `cross_entropy`; weight of another shape, not finite or negative; alpha negative.
 
     Notes
     -----
@@ -380,8 +380,10 @@ def difficulty_entropy(logits: Array, targets: Array, weight: Array, alpha: floa
     log_probs = log_probabilities(logits)
     log_p = true_class(log_probs, targets)
     check_vector("weight", weight, len(logits))
-    if bool((weight < 0).any()):
-        raise ValueError(f"weight: must not be negative, found {float(weight.min())}")
+    if not bool(((weight >= 0) & weight.isfinite()).all()):
+        raise ValueError(
+            f"weight: must be finite and not negative, found {float(weight.min())} to {float(weight.max())}"
+        )
     return (-log_p - alpha * weight.detach().to(log_p) * entropy(log_probs)).to(logits.dtype)
 
 

@@ -16,7 +16,7 @@ DEFAULT_BINS = 64
 
 
 def confidence_score(log_probs: Tensor, csf: str) -> Tensor:
-    """Confidence (n,) in [0, 1], higher = safer, differentiable (Zhou et al., Tab. 1).
+    """Confidence (n,) in [0, 1], higher = safer, differentiable (Zhou et al., App. A, Tab. 1).
 
     "msp": max p. "entropy": 1 − H/ln K (the paper's negative entropy, shifted and scaled onto [0, 1]).
     "margin": largest minus second largest probability.
@@ -54,9 +54,9 @@ def aurc(logits: Array, targets: Array, csf: str = "msp", weighting: str = "harm
 
     Notes
     -----
-    Zhou et al., eq. 7, which with the empirical CDF r/n is infinite at the top rank; both forms are that paper's own
-    estimators. No gradient through ranks and weights. Ties rank in batch order. Here the ranking takes softmax(logits);
-    the released training code takes the softmax twice. O(nK + n log n).
+    Zhou et al., eq. 7, which with the empirical CDF r/n is infinite at the top rank; both forms are estimators of the
+    same group's AsymptoticAURC code. No gradient through ranks and weights. Ties rank in batch order. Here the ranking
+    takes softmax(logits); the released training code takes the softmax twice. O(nK + n log n).
     """
     check_choice("weighting", weighting, ("harmonic", "log"))
     log_probs = log_probabilities(logits)

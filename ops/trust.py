@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional
 
 from ops.arrays import Array, accepts_arrays
-from ops.checks import check_range, check_shape, check_vector, check_zero_one
+from ops.checks import check_matrix, check_range, check_vector, check_zero_one
 
 Tensor = torch.Tensor
 
@@ -47,7 +47,7 @@ def steep_slope(z: Array, correct: Array, alpha_pos: float = 1.0, alpha_neg: flo
     x, positive = _inputs(z, correct)
     check_range("alpha_pos", alpha_pos, 0.0, float("inf"), open_low=True)
     check_range("alpha_neg", alpha_neg, 0.0, float("inf"), open_low=True)
-    alpha = torch.where(positive, alpha_pos, alpha_neg).to(x.dtype)
+    alpha = torch.where(positive, x.new_tensor(alpha_pos), x.new_tensor(alpha_neg))
     toward = torch.where(positive, x, -x)  # positive = on the right side
     # exp(-a s) - exp(-a) = exp(-a) (exp(a (1 - s)) - 1) keeps its digits down to 0, with 1 - s from 1 / (1 + |z|)
     rest = torch.where(toward > 0, 1 / (1 + toward.abs()), 1 - functional.softsign(toward))
@@ -170,15 +170,17 @@ def signed_distance(features: Array, weight: Array, bias: float | Array = 0.0) -
     -----
     Luo et al. 2021, eq. 7. The released code divides by ‖w‖ + 1e-7; here the norm is exact and zero is an error.
     """
-    check_shape("features", features, ("n", "d"))
+    check_matrix("features", features)
     check_vector("weight", weight, features.shape[1])
     norm = torch.linalg.vector_norm(weight)
-    if not bool(norm > 0):
+    if not bool((norm > 0) & norm.isfinite()):
         raise ValueError(f"weight: its norm must be positive and finite, got {float(norm)}")
     if isinstance(bias, Tensor) and bias.numel() != 1:
         raise ValueError(f"bias: expected one number, got shape {tuple(bias.shape)}")
-    bias = bias.reshape(()) if isinstance(bias, Tensor) else bias
-    return (features @ weight + bias) / norm
+    bias = float(bias) if not isinstance(bias, Tensor) else bias.reshape(())
+    if not bool(torch.as_tensor(bias).isfinite()):
+        raise ValueError("bias: must be finite")
+    return (features @ weight.to(features.dtype) + bias) / norm.to(features.dtype)
 
 
 TRUST_LOSSES: dict[str, Callable[..., Array]] = {

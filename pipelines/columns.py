@@ -161,7 +161,9 @@ def join(run_uri: str, shard: int, names: Iterable[str]) -> pa.Table:
     for full in names:
         group, name = split_name(full)
         wanted.setdefault(group, []).append(name)
+    made_from = (facts(run_uri, EMBEDDINGS, shard) or {}).get("source")
     for group, columns_of_group in wanted.items():
+        check_fresh(group, shard, made_from, facts(run_uri, group, shard))
         found = _read_named(run_uri, group, shard, columns_of_group)
         theirs = found["row"].to_numpy()
         if not np.array_equal(rows, theirs):
@@ -171,6 +173,12 @@ def join(run_uri: str, shard: int, names: Iterable[str]) -> pa.Table:
         for name in columns_of_group:
             base = base.append_column(found.schema.field(name).with_name(f"{group}.{name}"), found[name])
     return base
+
+
+def check_fresh(group: str, shard: int, embeddings_source: str | None, found: dict[str, Any] | None) -> None:
+    """ValueError if a group's file was made from embeddings that have been replaced since (its fact `embeddings`)."""
+    if found and found.get("embeddings", embeddings_source) != embeddings_source:
+        raise ValueError(f"{group}/: shard {shard} was embedded again since; run the stage that writes {group}/ first")
 
 
 def _read_named(run_uri: str, group: str, shard: int, names: list[str]) -> pa.Table:

@@ -12,6 +12,7 @@ import dataclasses
 import json
 import time
 import warnings
+from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -30,6 +31,8 @@ from pipelines.run import CorpusConfig, Run, StageFailed, fingerprint
 from pipelines.shards import LabelSource, Shard, read_shards, shard_digest
 from pipelines.tasks import in_order
 
+DECODERS = {"cpu": 1, "cuda": 4}  # threads per actor
+PIXELS_AT_ONCE = 1 << 26  # of decoded pictures per thread: 192 MiB
 STEPS = ("read", "decode", "transfer", "model", "write")  # where the seconds of embedding go
 PART_NOTE = pa.schema(
     [
@@ -45,7 +48,7 @@ PART_NOTE = pa.schema(
 
 @dataclasses.dataclass(frozen=True)
 class Resources:
-    """What one embedding actor takes, and how many there are. None of it changes a result."""
+    """What one embedding actor takes, and how many there are. Only the device changes results: a GPU computes in bfloat16."""
 
     device: str = "cpu"
     workers: int = 2
@@ -65,7 +68,7 @@ class EmbedImages:
         torch.set_num_threads(max(1, int(resources.cpus_per_worker)))
         self.config, self.device, self.batch_size = config, resources.device, resources.batch_size
         self.encoder: Encoder = load_encoder(config.encoder, l2=config.normalize).to(resources.device)
-        self.decoders = ThreadPoolExecutor(4 if resources.device == "cuda" else 1)
+        self.decoders = ThreadPoolExecutor(DECODERS[resources.device])
 
     def __call__(self, table: pa.Table) -> pa.Table:
         seconds = dict.fromkeys(STEPS, 0.0)
@@ -73,9 +76,7 @@ class EmbedImages:
         rows = np.flatnonzero(images.is_valid().to_numpy(zero_copy_only=False))
         reasons: list[str | None] = table["reason"].to_pylist()
         vectors = np.zeros((table.num_rows, self.config.views, self.config.width), np.float32)
-        # Decoding runs ahead of the model in threads: several batches are in flight at any time.
-        batches = [rows[start : start + self.batch_size] for start in range(0, len(rows), self.batch_size)]
-        for decoded, failed, spent in self.decoders.map(lambda batch: self._decode(table, images, batch), batches):
+        for decoded, failed, spent in self._decoded_ahead(table, images, rows):
             seconds["decode"] += spent
             reasons = [failed.get(row, reason) for row, reason in enumerate(reasons)] if failed else reasons
             if decoded:
@@ -84,11 +85,22 @@ class EmbedImages:
         self._quarantine_overflow(vectors, reasons)
         return self._result(table, vectors, reasons, seconds)
 
+    def _decoded_ahead(self, table: pa.Table, images: pa.ChunkedArray, rows: np.ndarray) -> Iterator[tuple]:
+        """Decoded batches in order; threads run ahead of the model by a few batches, not by the whole block."""
+        waiting: deque = deque()
+        for start in range(0, len(rows), self.batch_size):
+            batch = rows[start : start + self.batch_size]
+            waiting.append(self.decoders.submit(self._decode, table, images, batch))
+            if len(waiting) > DECODERS[self.device] + 1:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
     def _decode(
         self, table: pa.Table, images: pa.ChunkedArray, rows: np.ndarray
     ) -> tuple[tuple[np.ndarray, torch.Tensor] | None, dict[int, str], float]:
         started = time.perf_counter()
-        kept, pictures, failed = [], [], {}
+        kept, pictures, prepared, failed, pixels = [], [], [], {}, 0
         for row in rows.tolist():
             try:
                 picture = decode_image(images[row].as_py(), max_pixels=self.config.max_pixels)
@@ -100,7 +112,13 @@ class EmbedImages:
             for view in range(1, self.config.views):
                 seed = (table["shard"][row].as_py(), table["row"][row].as_py(), view)
                 pictures.append(augment(picture, seed))
-        decoded = (np.array(kept), self.encoder.prepare(pictures)) if kept else None
+            pixels += self.config.views * picture.shape[1] * picture.shape[2]
+            if pixels > PIXELS_AT_ONCE:  # full-size pictures are let go early, only what the encoder sees is kept
+                prepared.append(self.encoder.prepare(pictures))
+                pictures, pixels = [], 0
+        if pictures:
+            prepared.append(self.encoder.prepare(pictures))
+        decoded = (np.array(kept), torch.cat(prepared)) if kept else None
         return decoded, failed, time.perf_counter() - started
 
     def _forward(self, batch: torch.Tensor, seconds: dict[str, float]) -> np.ndarray:
@@ -147,7 +165,8 @@ def write_part(table: pa.Table, run_uri: str) -> pa.Table:
     path = storage.join(run_uri, ".parts", columns.EMBEDDINGS, f"{shard:06d}", f"{first:012d}.arrow")
     with storage.write_atomic(path) as stream, pa.ipc.new_file(stream, table.schema) as writer:
         writer.write_table(table)
-    seconds = json.loads(table["seconds"][0].as_py()) | {"write": time.perf_counter() - started}
+    spent = table["seconds"][0].as_py()  # null where Ray has cut an actor's large block in two
+    seconds = (json.loads(spent) if spent else {}) | {"write": time.perf_counter() - started}
     end = table["end"][table.num_rows - 1].as_py()
     note = {
         "shard": shard,
@@ -168,7 +187,7 @@ def commit_shard(shard: int, paths: list[str], end: dict, entry: Shard, config: 
     good, bad = samples.filter(samples["reason"].is_null()), samples.filter(samples["reason"].is_valid())
     if samples.num_rows != end["entries"]:
         raise StageFailed(f"shard {shard}: the reader saw {end['entries']} samples, the parts hold {samples.num_rows}")
-    source = fingerprint(columns.EMBEDDINGS, config.identity(), end["digest"])
+    source = embedding_source(config, end["digest"])
     bad = bad.append_column("stage", pa.array(["embed"] * bad.num_rows, pa.string()))
     quarantined = bad.select(columns.QUARANTINE_SCHEMA.names).cast(columns.QUARANTINE_SCHEMA)
     columns.write(run_uri, columns.QUARANTINE, shard, quarantined, source)
@@ -180,7 +199,6 @@ def commit_shard(shard: int, paths: list[str], end: dict, entry: Shard, config: 
         "mtime_ns": entry.mtime_ns,
     }
     columns.write(run_uri, columns.EMBEDDINGS, shard, good.select(schema.names).cast(schema), source, **facts)
-    storage.remove_tree(storage.join(run_uri, ".parts", columns.EMBEDDINGS, f"{shard:06d}"))
     return {"rows": good.num_rows, "left_out": bad.num_rows}
 
 
@@ -190,21 +208,33 @@ def _read_part(path: str) -> pa.Table:
         return pa.ipc.open_file(stream).read_all()
 
 
-def pending_shards(run: Run) -> list[int]:
-    """Positions of the shards whose embeddings are missing or were made from other bytes.
+def embedding_source(config: CorpusConfig, digest: str) -> str:
+    """The source of a shard's embeddings: the config that matters to them and the shard's bytes."""
+    return fingerprint(columns.EMBEDDINGS, config.identity(), digest)
 
-    Size and time of modification decide where they can; where only the time differs the bytes are hashed.
+
+def pending_shards(run: Run) -> list[int]:
+    """Positions of the shards whose embeddings are missing or were made from another config or other bytes.
+
+    Size and time of modification decide where they can; where only the time differs the bytes are hashed, once.
     """
+    config, shards, verified = run.config, run.shards, run.record.setdefault("verified", {})
     pending, doubtful = [], []
-    for position, (shard, facts) in enumerate(
-        zip(run.shards, columns.all_facts(run.uri, columns.EMBEDDINGS, len(run.shards)))
-    ):
-        if facts is None or facts["size"] != shard.size:
+    facts = columns.all_facts(run.uri, columns.EMBEDDINGS, len(shards))
+    for position, (shard, fact) in enumerate(zip(shards, facts)):
+        same = fact and fact["size"] == shard.size and fact["source"] == embedding_source(config, fact["digest"])
+        if not same:
             pending.append(position)
-        elif facts["mtime_ns"] != shard.mtime_ns:
-            doubtful.append((position, facts["digest"]))
-    digests = in_order(shard_digest, [(run.shards[position].url,) for position, _ in doubtful])
-    pending += [position for (position, before), now in zip(doubtful, digests) if now != before]
+        elif shard.mtime_ns not in (fact["mtime_ns"], verified.get(str(position))):
+            doubtful.append((position, fact["digest"]))
+    digests = in_order(shard_digest, [(shards[position].url,) for position, _ in doubtful])
+    for (position, before), now in zip(doubtful, digests):
+        if now == before:
+            verified[str(position)] = shards[position].mtime_ns
+        else:
+            pending.append(position)
+    if doubtful:
+        run.save()
     return sorted(pending)
 
 
@@ -223,22 +253,20 @@ def embed(run: Run, resources: Resources, max_bad_fraction: float = 0.01) -> dic
         be read. Finished shards are kept.
     """
     started = time.monotonic()
+    run.require_precision("bfloat16" if resources.device == "cuda" else "float32")
     pending = pending_shards(run)
-    shards = run.shards
-    progress = Progress("embed", len(pending), skipped=len(shards) - len(pending))
+    progress = Progress("embed", len(pending), skipped=len(run.shards) - len(pending))
     seconds = dict.fromkeys(STEPS, 0.0)
-    limit = _BadFraction(max_bad_fraction, [shard.size for shard in shards])
-    for position, counts, spent in _embed_shards(run, pending, resources):
+    for counts, spent in _embed_shards(run, pending, resources):
         for step, value in spent.items():
             seconds[step] += value
         progress.shard(counts["rows"], counts["left_out"])
-        limit.add(position, counts)
     storage.remove_tree(run.path(".parts", columns.EMBEDDINGS))
     return _finish(run, pending, seconds, time.monotonic() - started, max_bad_fraction, resources)
 
 
-def _embed_shards(run: Run, pending: list[int], resources: Resources) -> Iterator[tuple[int, dict, dict[str, float]]]:
-    """Yield (position, counts, seconds by step) of each shard as its files are in place."""
+def _embed_shards(run: Run, pending: list[int], resources: Resources) -> Iterator[tuple[dict, dict[str, float]]]:
+    """Yield (counts, seconds by step) of each shard as its files are in place."""
     if not pending:
         return
     config, shards = run.config, run.shards
@@ -258,16 +286,19 @@ def _embed_shards(run: Run, pending: list[int], resources: Resources) -> Iterato
             del parts[position]
         ready, _ = ray.wait(list(commits), num_returns=len(commits), timeout=0) if commits else ([], [])
         for reference in ready:
-            yield _committed(reference, commits)
+            yield _committed(run, reference, commits)
     for reference in list(commits):
-        yield _committed(reference, commits)
+        yield _committed(run, reference, commits)
     if parts:
         raise StageFailed(f"embed: shards {sorted(parts)} came out incomplete; start the same command again")
 
 
-def _committed(reference: ray.ObjectRef, commits: dict) -> tuple[int, dict, dict[str, float]]:
+def _committed(run: Run, reference: ray.ObjectRef, commits: dict) -> tuple[dict, dict[str, float]]:
     position, spent = commits.pop(reference)
-    return position, ray.get(reference), spent
+    counts = ray.get(reference)
+    # Only now: a commit that is killed after its last write is run again, and needs the parts.
+    storage.remove_tree(run.path(".parts", columns.EMBEDDINGS, f"{position:06d}"))
+    return counts, spent
 
 
 def _notes(run: Run, pending: list[int], resources: Resources) -> Iterator[dict]:
@@ -303,26 +334,6 @@ def _sum_seconds(entries: list[dict[str, float]]) -> dict[str, float]:
     return {step: sum(entry.get(step, 0.0) for entry in entries) for step in STEPS}
 
 
-class _BadFraction:
-    """Ends a run early once its bad samples exceed the limit even if all that is still to come were good."""
-
-    def __init__(self, limit: float, sizes: list[int]):
-        self.limit, self.sizes, self.total_bytes = limit, sizes, sum(sizes)
-        self.rows = self.left_out = self.bytes = self.shards = 0
-
-    def add(self, position: int, counts: dict) -> None:
-        self.rows += counts["rows"]
-        self.left_out += counts["left_out"]
-        self.bytes += self.sizes[position]
-        self.shards += 1
-        # Few shards say little about the size of the rest: the check at the end decides then.
-        if self.shards < 10:
-            return
-        expected = (self.rows + self.left_out) * self.total_bytes / max(1, self.bytes)
-        if self.left_out > self.limit * expected:
-            _too_many_bad(self.left_out, self.rows, self.limit)
-
-
 def _too_many_bad(left_out: int, rows: int, limit: float) -> None:
     raise StageFailed(
         f"{left_out} of {left_out + rows} samples are in quarantine, a fraction of {left_out / (left_out + rows):.4f}, "
@@ -340,9 +351,6 @@ def _finish(
         _too_many_bad(left_out, rows, limit)
     if not rows:
         raise StageFailed("embed: no sample of any shard is usable; hardset inspect lists the reasons")
-    if run.config.class_names is None:
-        highest = max((f["max_label"] for f in facts if f["max_label"] is not None), default=-1)
-        run.record["classes"] = [str(label) for label in range(highest + 1)]
     counts = {
         "rows": rows,
         "left_out": left_out,
@@ -354,5 +362,6 @@ def _finish(
         "device": resources.device,
     }
     if done or run.stage("embed") is None:
+        run.settle_classes(facts)
         run.finish_stage("embed", **counts)
     return counts

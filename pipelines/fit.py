@@ -96,7 +96,11 @@ def fit(run: Run, shrinkage: str | float = "auto", device: str = "cpu") -> dict:
         If a shard is not embedded, or shrinkage "none" meets a singular covariance.
     """
     facts = run.embedding_facts()
-    source = fingerprint("gaussians", [f["source"] for f in facts], str(shrinkage))
+    run.settle_classes(facts)
+    if not any(f["rows"] for f in facts):
+        raise ValueError(f"--run {run.uri}: it holds no embedding, all samples are in quarantine; nothing to fit")
+    embeddings = fingerprint([f["source"] for f in facts])
+    source = fingerprint("gaussians", embeddings, str(shrinkage))
     before = run.stage("fit")
     if before and before["source"] == source and storage.exists(run.path(GAUSSIANS)):
         return before | {"skipped": True}
@@ -120,7 +124,8 @@ def fit(run: Run, shrinkage: str | float = "auto", device: str = "cpu") -> dict:
             sums = sums.add(part)
         gaussians = dataclasses.replace(gaussians, reference=sums.reference())
     save_gaussians(run, gaussians)
-    entry = {"source": source, "seconds": time.monotonic() - started, **describe(gaussians)}
+    entry = {"source": source, "embeddings": embeddings, "asked": str(shrinkage), **describe(gaussians)}
+    entry["seconds"] = time.monotonic() - started
     run.finish_stage("fit", **entry)
     return entry | {"skipped": False}
 
@@ -133,6 +138,20 @@ def adopt(run: Run, other: Run) -> dict:
     ValueError
         If the other run has none, was made with another encoder, or does not know a class of this run.
     """
+    check_adoptable(run, other)
+    entry, gaussians = other.stage("fit"), load_gaussians(other)
+    _refuse_unknown_classes(run, gaussians, other)
+    adopted = {"source": entry["source"], "from": other.uri, **describe(gaussians)}
+    before, classes = run.stage("fit") or {}, list(gaussians.class_names or ())
+    if before != before | adopted or run.classes != classes:
+        run.record["classes"] = classes
+        save_gaussians(run, gaussians)
+        run.finish_stage("fit", **adopted)
+    return adopted | {"skipped": False}
+
+
+def check_adoptable(run: Run, other: Run) -> None:
+    """ValueError unless the other run has Gaussians of this run's encoder; costs no look at the embeddings."""
     if (
         other.config.encoder_fingerprint != run.config.encoder_fingerprint
         or other.config.normalize != run.config.normalize
@@ -141,48 +160,28 @@ def adopt(run: Run, other: Run) -> dict:
             f"--gaussians {other.uri}: fitted on encoder {other.config.encoder!r}, this run used {run.config.encoder!r}; "
             "distances need the same encoder"
         )
-    entry = other.stage("fit")
-    if entry is None or not storage.exists(other.path(GAUSSIANS)):
+    if other.stage("fit") is None or not storage.exists(other.path(GAUSSIANS)):
         raise ValueError(f"--gaussians {other.uri}: no {GAUSSIANS} there; run hardset fit on it first")
-    gaussians = load_gaussians(other)
-    _refuse_unknown_classes(run, gaussians, other)
-    adopted = {"source": entry["source"], "from": other.uri, **describe(gaussians)}
-    run.record["classes"] = list(gaussians.class_names)
-    if run.stage("fit") != (run.stage("fit") or {}) | adopted:
-        save_gaussians(run, gaussians)
-        run.finish_stage("fit", **adopted)
-    return adopted | {"skipped": False}
 
 
 def _refuse_unknown_classes(run: Run, gaussians: Gaussians, other: Run) -> None:
     names = run.config.class_names
     if names is not None and other.config.class_names is not None and names != other.config.class_names[: len(names)]:
         raise ValueError(f"--gaussians {other.uri}: its class names are not this run's")
-    for label, name in enumerate(run.classes):
-        known = label < len(gaussians.counts) and gaussians.counts[label] > 0
-        if not known and _occurs(run, label):
+    known = set(np.flatnonzero(gaussians.counts > 0).tolist())
+    for labels in in_order(_labels_of_shard, [(shard,) for shard in range(len(run.shards))], run.uri):
+        for label in sorted(labels - known - {-1}):
+            name = names[label] if names else str(label)
             raise ValueError(
-                f"--gaussians {other.uri}: class {name!r} (label {label}) is unknown there, it has "
-                f"{int((gaussians.counts > 0).sum())} classes; fit on shards that hold it, or leave its samples out"
+                f"--gaussians {other.uri}: class {name!r} (label {label}) is unknown there, it has {len(known)} classes; "
+                "fit on shards that hold it, or leave its samples out"
             )
 
 
-def _occurs(run: Run, label: int) -> bool:
-    return any(
-        label_occurs
-        for (label_occurs,) in in_order(_shard_has_label, [(s,) for s in range(len(run.shards))], run.uri, label)
-    )
-
-
-def _shard_has_label(shard: int, run_uri: str, label: int) -> tuple[bool]:
-    return (
-        bool(
-            (
-                columns.labels_or_minus_one(columns.read(run_uri, columns.EMBEDDINGS, shard, ["label"])["label"])
-                == label
-            ).any()
-        ),
-    )
+def _labels_of_shard(shard: int, run_uri: str) -> set[int]:
+    """Ray task: the labels that occur in a shard, -1 for none."""
+    labels = columns.read(run_uri, columns.EMBEDDINGS, shard, ["label"])["label"]
+    return set(np.unique(columns.labels_or_minus_one(labels)).tolist())
 
 
 def describe(gaussians: Gaussians) -> dict:
@@ -193,7 +192,7 @@ def describe(gaussians: Gaussians) -> dict:
         "width": int(gaussians.dim),
         "rank": gaussians.rank,
         "condition": gaussians.condition,
-        "shrinkage": gaussians.shrinkage,
+        "shrinkage": list(gaussians.shrinkage),
     }
 
 

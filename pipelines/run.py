@@ -90,6 +90,9 @@ class Run:
             run = cls.open(uri)
             if not overwrite:
                 run._refuse_mixing(config)
+                if run.config.encoder != config.encoder:  # the same weights, found elsewhere this time
+                    run.record["config"]["encoder"] = config.encoder
+                    run.save()
                 run._extend(shards)
                 return run
             for product in PRODUCTS:
@@ -155,9 +158,35 @@ class Run:
         return self.record["stages"].get(name)
 
     def finish_stage(self, name: str, **entry: Any) -> None:
-        """Note a finished stage: its counts, seconds and the config that mattered to it."""
+        """Note a finished stage: its counts, seconds and the config that mattered to it.
+
+        Entries that another command has noted meanwhile stay.
+        """
+        if self.exists(self.uri):
+            self.record["stages"] = self.open(self.uri).record["stages"]
         self.record["stages"][name] = {"finished": datetime.now(UTC).isoformat(timespec="seconds"), **entry}
         self.save()
+
+    def forget(self, stage: str, product: str) -> None:
+        """Remove what a stage made, so that it is made again."""
+        storage.remove_tree(self.path(product))
+        if self.record["stages"].pop(stage, None) is not None:
+            self.save()
+
+    def require_precision(self, precision: str) -> None:
+        """Note in which precision the encoder computes; ValueError if the run's other embeddings have another."""
+        before = self.record.setdefault("precision", precision)
+        if before != precision:
+            raise ValueError(
+                f"--device: this run's embeddings were computed in {before}, this device computes in {precision}; "
+                "these cannot be mixed: take the device of before, another --run, or --overwrite"
+            )
+
+    def settle_classes(self, facts: Sequence[dict[str, Any]]) -> None:
+        """Without names of classes there are as many as the highest label says."""
+        if self.config.class_names is None:
+            highest = max((f["max_label"] for f in facts if f["max_label"] is not None), default=-1)
+            self.record["classes"] = [str(label) for label in range(highest + 1)]
 
     def save(self) -> None:
         """Write run.json, whole or not at all."""

@@ -14,6 +14,7 @@ from pipelines import columns, storage
 from pipelines.fit import _on, load_gaussians
 from pipelines.progress import Progress
 from pipelines.run import Run, fingerprint
+from pipelines.summary import group_summary
 from pipelines.tasks import in_order
 
 KMEANS_FILE = "kmeans.npz"
@@ -32,6 +33,7 @@ class Weighting:
 def score_shard(
     shard: int,
     source: str,
+    embeddings: str,
     run_uri: str,
     gaussians: Gaussians,
     weighting: Weighting,
@@ -46,7 +48,7 @@ def score_shard(
         for batch in columns.iter_batches(run_uri, columns.EMBEDDINGS, shard, names)
     ]
     table = columns.concat(tables, schema)
-    columns.write(run_uri, columns.DIFFICULTY, shard, table, source)
+    columns.write(run_uri, columns.DIFFICULTY, shard, table, source, embeddings=embeddings)
     return table.num_rows
 
 
@@ -133,27 +135,32 @@ def score(run: Run, weighting: Weighting, centers: np.ndarray | None = None, dev
     Returns
     -------
     counts : dict
-        rows, shards done now and skipped, seconds, quantiles of each score.
+        rows, shards done now and skipped, seconds; quantiles of each score if any shard was scored now.
     """
     started = time.monotonic()
     facts = run.embedding_facts()
-    if run.stage("fit") is None:
+    fitted = run.stage("fit")
+    if fitted is None:
         raise ValueError(
             f"--run {run.uri}: no Gaussians yet; run hardset fit first, or score with --gaussians of another run"
         )
+    if "from" not in fitted and fitted["embeddings"] != fingerprint([f["source"] for f in facts]):
+        raise ValueError(f"--run {run.uri}: embeddings changed since the Gaussians were fitted; run hardset fit first")
     gaussians = load_gaussians(run)
     kmeans = None if centers is None else fingerprint(centers.tolist())
     sources = [
-        fingerprint(columns.DIFFICULTY, f["source"], run.stage("fit")["source"], dataclasses.asdict(weighting), kmeans)
+        fingerprint(columns.DIFFICULTY, f["source"], fitted["source"], dataclasses.asdict(weighting), kmeans)
         for f in facts
     ]
     there = columns.all_facts(run.uri, columns.DIFFICULTY, len(facts))
     pending = [
-        (shard, source) for shard, source in enumerate(sources) if not there[shard] or there[shard]["source"] != source
+        (shard, source, facts[shard]["source"])
+        for shard, source in enumerate(sources)
+        if not there[shard] or there[shard]["source"] != source
     ]
     progress = Progress("score", len(pending), skipped=len(facts) - len(pending))
     shared = (run.uri, gaussians, weighting, centers, device)
-    for rows, (shard, _) in zip(
+    for rows, (shard, *_) in zip(
         in_order(score_shard, pending, *shared, num_gpus=1 if device == "cuda" else 0), pending
     ):
         assert rows == facts[shard]["rows"], f"shard {shard}: {rows} scores for {facts[shard]['rows']} embeddings"
@@ -165,5 +172,6 @@ def score(run: Run, weighting: Weighting, centers: np.ndarray | None = None, dev
         "seconds": time.monotonic() - started,
     }
     if pending or run.stage("score") is None:
+        counts["quantiles"] = group_summary(run, columns.DIFFICULTY)["quantiles"]
         run.finish_stage("score", **counts, weighting=dataclasses.asdict(weighting))
     return counts

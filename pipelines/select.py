@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 
 from pipelines import columns, storage
 from pipelines.progress import Progress
-from pipelines.run import Run, fingerprint
+from pipelines.run import Run, StageFailed, fingerprint
 from pipelines.shards import Shard, write_subset_shard
 from pipelines.tasks import in_order
 
@@ -59,9 +59,9 @@ class Rule:
         return f"{amount}{where} with the {'lowest' if self.lowest else 'highest'} {self.by}"
 
     def wanted(self, available: np.ndarray) -> np.ndarray:
-        """How many samples to take of each class, given how many have a score."""
+        """How many samples to take of each class, given how many have a score: of a fraction at least one."""
         if isinstance(self.count, float):
-            return np.round(self.count * available).astype(np.int64)
+            return np.minimum(np.maximum(np.round(self.count * available).astype(np.int64), 1), available)
         return np.minimum(self.count, available)
 
 
@@ -169,12 +169,19 @@ def write_subset(
     ]
     written = write_subset_shard(sources, storage.join(run_uri, "subsets", name, tar_name))
     table = pa.concat_tables([table for _, table in chosen])
-    assert [w.row for w in written] == table["row"].to_pylist(), f"{tar_name}: the shard does not hold what was scored"
+    if [w.source_key for w in written] != table["key"].to_pylist():
+        raise StageFailed(f"{tar_name}: a shard changed since it was embedded; run the same curate command again")
     url_of = {number: shard.url for number, shard, _ in members}
     table = table.append_column("sha256", pa.array([w.sha256 for w in written], pa.string()))
     table = table.append_column("url", pa.array([url_of[s] for s in table["shard"].to_pylist()], pa.string()))
     table = table.append_column("subset_shard", pa.array([tar_name] * table.num_rows, pa.string()))
     return table.append_column("subset_key", pa.array([w.key for w in written], pa.string())).cast(MANIFEST_SCHEMA)
+
+
+def check_name(name: str) -> None:
+    """ValueError unless `name` is that of a plain folder."""
+    if not name or name != name.strip(".") or any(c in name for c in "/\\") or not name.isprintable():
+        raise ValueError(f"--name {name!r}: expected a plain folder name")
 
 
 def select(run: Run, rule: Rule, name: str = "hard", samples_per_shard: int = 1000) -> dict:
@@ -185,8 +192,7 @@ def select(run: Run, rule: Rule, name: str = "hard", samples_per_shard: int = 10
     ValueError
         If the column is not there, or the name is not a plain folder name.
     """
-    if not name or name != name.strip(".") or any(c in name for c in "/\\") or not name.isprintable():
-        raise ValueError(f"--name {name!r}: expected a plain folder name")
+    check_name(name)
     source = fingerprint("subset", dataclasses.asdict(rule), _column_sources(run, rule.by), samples_per_shard)
     before = run.record["stages"].get(f"select/{name}")
     if before and before["source"] == source and storage.exists(run.path("subsets", name, "manifest.parquet")):
@@ -194,6 +200,8 @@ def select(run: Run, rule: Rule, name: str = "hard", samples_per_shard: int = 10
     started = time.monotonic()
     cut, wanted = find_cut(run, rule)
     if not wanted.sum():
+        if rule.per_class and not run.classes:
+            raise ValueError("--per-class: this run has no labels")
         raise ValueError(f"--by {rule.by}: no sample has a score there, nothing to select")
     storage.remove_tree(run.path("subsets", name))
     outputs = list(_plan_outputs(run, rule, cut, samples_per_shard))
@@ -245,6 +253,8 @@ def _column_sources(run: Run, column: str) -> list[str]:
         raise ValueError(
             f"--by {column}: {run.uri} has no {group}/ for {len(missing)} of its {len(facts)} shards; run that stage first"
         )
+    for shard, (fact, embedded) in enumerate(zip(facts, run.embedding_facts())):
+        columns.check_fresh(group, shard, embedded["source"], fact)
     names = columns.schema(run.uri, group).names
     if name not in names:
         scores = [n for n in names if n not in ("key", "shard", "row", "label")]
@@ -266,14 +276,14 @@ def _card(run: Run, rule: Rule, name: str, entry: dict, wanted: np.ndarray) -> s
     if rule.per_class:
         rows = "\n".join(f"| {run.classes[label]} | {count} |" for label, count in enumerate(wanted.tolist()))
         per_class = f"\n| class | samples |\n|---|---|\n{rows}\n"
-    last = entry["shards"] - 1
+    last, usable = entry["shards"] - 1, sum(f["rows"] for f in run.embedding_facts())
     pattern = f"{name}-{{000000..{last:06d}}}.tar" if last else f"{name}-000000.tar"
     return f"""---
 tags: [webdataset, hard-subset]
 ---
 # {name}: {entry["samples"]:,} samples, {rule}
 
-Selected by hardset from {len(run.shards)} shards ({run.stage("embed")["rows"]:,} usable samples), encoder `{run.config.encoder}`,
+Selected by hardset from {len(run.shards)} shards ({usable:,} usable samples), encoder `{run.config.encoder}`,
 labels from `{run.config.label}`. The members of every sample are the original bytes.
 {per_class}
 | file | what |

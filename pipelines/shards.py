@@ -123,6 +123,7 @@ def read_shards(
         return ray.data.from_arrow(SAMPLES.empty_table())
     context = DataContext.get_current().copy()
     context.target_max_block_size = block_bytes
+    context.raise_original_map_exception = True  # a full disk in a stage reaches the command as what it is
     read = functools.partial(read_shard, labels=labels, block_bytes=block_bytes, max_image_bytes=max_image_bytes)
     with DataContext.current(context):
         # As many blocks as tasks: otherwise Ray adds a step that cuts blocks up.

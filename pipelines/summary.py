@@ -42,23 +42,21 @@ def column_groups(run: Run) -> list[str]:
     files = storage.list_files(run.uri, ".parquet")
     folders = {path.rpartition("/")[0].removeprefix(run.uri).strip("/") for path in files}
     hidden = ("subsets/", ".parts", "evaluation")
-    return sorted(f for f in folders if f and f != columns.QUARANTINE and not f.startswith(hidden))
+    names = sorted(f for f in folders if f and f != columns.QUARANTINE and not f.startswith(hidden))
+    return [name for name in names if any(columns.all_facts(run.uri, name, len(run.shards)))]
 
 
 def group_summary(run: Run, group: str) -> dict[str, Any]:
     """Shards done and the quantiles of each float column of a group."""
-    done = [shard for shard, f in enumerate(columns.all_facts(run.uri, group, len(run.shards))) if f]
+    found = {shard: f for shard, f in enumerate(columns.all_facts(run.uri, group, len(run.shards))) if f}
+    done = list(found)
     names = [f.name for f in columns.schema(run.uri, group, done[0]) if pa.types.is_floating(f.type)]
-    rows = 0
+    step = 1 + sum(f["rows"] for f in found.values()) // MOST_VALUES
     taken = {name: [] for name in names}
-    step = max(1, sum(1 for _ in done) // 1000)
     for shard in done[::step]:
         table = columns.read(run.uri, group, shard, names)
-        rows += table.num_rows
         for name in names:
             taken[name].append(table[name].drop_null().to_numpy())
-        if rows > MOST_VALUES:
-            break
     return {
         "shards": len(done),
         "quantiles": {name: _quantiles(np.concatenate(values)) for name, values in taken.items()},

@@ -26,9 +26,10 @@ def in_order(
     """
     task = ray.remote(function).options(num_cpus=num_cpus, num_gpus=num_gpus, max_retries=3)
     references = [ray.put(value) for value in shared]
-    window = WINDOW * max(1, int(ray.cluster_resources().get("CPU", 1)))
     waiting: deque = deque()
-    for item in items:
+    for count, item in enumerate(items):
+        if count % 256 == 0:  # an autoscaling cluster grows meanwhile
+            window = WINDOW * max(1, int(ray.cluster_resources().get("CPU", 1)))
         waiting.append(task.remote(*item, *references))
         if len(waiting) >= window:
             yield ray.get(waiting.popleft())

@@ -54,7 +54,9 @@ def corpus(tmp_path, make_image, make_shard):
 
 
 def arguments(shards, run, *more):
-    return ["--shards", str(shards), "--run", str(run), "--encoder", "pixels:3", "--mlflow", "none", *more]
+    # One worker: each is a process that has to import torch.
+    words = ["--shards", str(shards), "--run", str(run), "--encoder", "pixels:3", "--workers", "1", "--mlflow", "none"]
+    return [*words, *more]
 
 
 def contents(folder):
@@ -198,6 +200,7 @@ def test_too_many_bad_samples_end_the_run_with_status_1_and_keep_what_is_done(tm
         ({"--label": "txt"}, "--label txt"),
         ({"--classes": "no-such-file.txt"}, "--classes"),
         ({"--by": "difficulty.fear"}, "fear"),
+        ({"--name": "a/b"}, "--name"),
         ({"--top": "1.5"}, "--top 1.5"),
         ({"--gaussians": "no-such-run"}, "no-such-run"),
         ({"--shrinkage": "some"}, "--shrinkage some"),
@@ -211,6 +214,7 @@ def test_bad_options_are_status_2_and_one_line(tmp_path, corpus, capsys, change,
     status = curate([word for pair in options.items() for word in pair])
     last = capsys.readouterr().err.splitlines()[-1]
     assert status == 2 and words in last and last.startswith("hardset curate: error: ")
+    assert not (tmp_path / "run/embeddings").exists()  # found before any work
 
 
 def test_a_run_of_another_config_and_an_unwritable_output_are_status_2(tmp_path, corpus, capsys):
@@ -257,6 +261,37 @@ def test_scored_with_another_runs_gaussians(tmp_path, corpus, capsys, make_image
     strange = make_shard(tmp_path / "strange.tar", [("s", {"jpg": make_image(1), "cls": b"9"})])
     assert curate(arguments(strange, tmp_path / "strange", "--gaussians", str(tmp_path / "run"))) == 2
     assert "class '9'" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_scoring_twice_with_another_runs_gaussians_changes_no_byte(tmp_path, corpus, make_image, make_shard):
+    assert curate(arguments(corpus(range(3)), tmp_path / "run")) == 0
+    new = make_shard(tmp_path / "new.tar", [(f"n{i}", {"jpg": make_image(i), "cls": b"1"}) for i in range(5)])
+    command = arguments(new, tmp_path / "scored", "--gaussians", str(tmp_path / "run"))
+    assert curate(command) == 0
+    before = contents(tmp_path / "scored")
+    assert curate(command) == 0
+    assert contents(tmp_path / "scored") == before
+
+
+def test_columns_of_embeddings_that_were_replaced_are_refused(tmp_path, corpus, capsys, make_image, make_shard):
+    shards = corpus(range(2))
+    assert curate(arguments(shards, tmp_path / "run")) == 0
+    make_shard(tmp_path / "shards/train-000001.tar", [(f"n{i}", {"jpg": make_image(i), "cls": b"1"}) for i in range(5)])
+    assert embed(arguments(shards, tmp_path / "run")) == 0
+    assert score(["--run", str(tmp_path / "run"), "--mlflow", "none"]) == 2
+    assert "hardset fit first" in capsys.readouterr().err.splitlines()[-1]
+    assert select(["--run", str(tmp_path / "run"), "--mlflow", "none", "--name", "new"]) == 2
+    assert "shard 1 was embedded again" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_large_block_that_ray_cuts_in_two_is_written_whole(tmp_path, make_image, make_shard, capsys):
+    small = make_image(0, size=4)
+    shard = make_shard(tmp_path / "s.tar", [(f"k{i:04d}", {"jpg": small, "cls": b"0"}) for i in range(2000)])
+    command = arguments(shard, tmp_path / "run", "--json")
+    command[5] = "pixels:64"  # 2,000 embeddings of 16 KB: a block of 32 MB
+    assert embed(command) == 0
+    assert result_of(capsys)["embed"]["rows"] == 2000
+    assert ds.dataset(tmp_path / "run/embeddings").to_table(columns=["row"])["row"].to_pylist() == list(range(2000))
 
 
 def test_augmented_views_enter_the_fit_and_not_the_scored_embedding(tmp_path, corpus):

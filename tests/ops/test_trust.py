@@ -134,3 +134,23 @@ def test_bad_parameters_are_named():
     ]:
         with pytest.raises(ValueError, match=message):
             function()
+
+
+def test_steep_slope_keeps_float64_for_slopes_that_float32_rounds():
+    z, correct = np.linspace(-4, 4, 17), np.arange(17) % 2
+    expected = np.where(
+        correct == 1,
+        np.exp(-0.7 * z / (1 + np.abs(z))) - np.exp(-0.7),
+        np.exp(2.3 * z / (1 + np.abs(z))) - np.exp(-2.3),
+    )
+    np.testing.assert_allclose(steep_slope(z, correct, 0.7, 2.3), expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize(("features", "weight", "bias"), [
+    (np.array([[1.0, np.nan]]), np.ones(2), 0.0),
+    (np.ones((1, 2)), np.array([1.0, np.inf]), 0.0),
+    (np.ones((1, 2)), np.ones(2), np.nan),
+])  # fmt: skip
+def test_signed_distance_refuses_what_is_not_finite(features, weight, bias):
+    with pytest.raises(ValueError):
+        signed_distance(features, weight, bias)
