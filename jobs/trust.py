@@ -23,7 +23,7 @@ class TrustOptions:
     """folder of the classifier, which stays as it is"""
     name: str
     """folder under trust/"""
-    loss: Literal["steep_slope", "cross_entropy", "focal", "tcp"] = "steep_slope"
+    loss: Literal["steep_slope", "cross_entropy", "ce", "focal", "tcp"] = "steep_slope"
     """what the oracle minimises (Luo et al. 2021, eq. 8, 4, 5, 6)"""
     alpha_pos: float = 1.0
     """steep_slope: slope for right predictions, above 0"""

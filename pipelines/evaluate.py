@@ -71,11 +71,13 @@ class Grouping:
     @classmethod
     def parse(cls, text: str) -> "Grouping":
         """From 'GROUP.COLUMN', or with edges as `GroupRule.parse` takes them; ValueError otherwise."""
-        if ":" in text:
-            rule = GroupRule.parse(text)
-            return cls(rule.column, rule)
-        columns.split_name(text)
-        return cls(text)
+        try:
+            rule = GroupRule.parse(text) if ":" in text else None
+            column = text if rule is None else rule.column
+            columns.split_name(column)
+        except ValueError as error:
+            raise ValueError(f"--groups {text}: {str(error).removeprefix(f'--groups {text}: ')}") from None
+        return cls(column, rule)
 
     def resolve(self, run: Run) -> "Grouping":
         """With edges in the place of quantiles."""

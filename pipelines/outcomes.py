@@ -71,7 +71,9 @@ def open_predictions(run: Run, name: str) -> PredictionSet:
             f"--predictions {name}: {run.uri} has no predictions/{name} for {len(missing)} of its {len(shards)} shards "
             f"(first: {missing[0]}); run hardset predict --name {name}{', or take one of ' + ', '.join(have) if have else ''}"
         )
-    widths = {_width(run, name, shard): shard for shard in shards}
+    widths = {width: shard for shard in shards if (width := _width(run, name, shard)) is not None}
+    if not widths:
+        raise ValueError(f"--predictions {name}: it has no rows")
     if len(widths) > 1:
         found = ", ".join(f"{width} (shard {shard})" for width, shard in widths.items())
         raise ValueError(f"--predictions {name}: logits of different class counts: {found}; predict again")
@@ -82,17 +84,23 @@ def open_predictions(run: Run, name: str) -> PredictionSet:
     return PredictionSet(run.uri, name, num_classes, tuple(shards))
 
 
-def _width(run: Run, name: str, shard: int) -> int:
-    schema = columns.schema(run.uri, f"{PREDICTIONS}/{name}", shard)
+def _width(run: Run, name: str, shard: int) -> int | None:
+    """Classes of one shard's logits; None for a shard without rows whose lists do not say."""
+    group = f"{PREDICTIONS}/{name}"
+    schema = columns.schema(run.uri, group, shard)
     for needed in ("row", "logits"):
         if needed not in schema.names:
             raise ValueError(f"--predictions {name}: shard {shard} has no column {needed!r}, it has {schema.names}")
     kind = schema.field("logits").type
-    if not pa.types.is_fixed_size_list(kind):
+    if pa.types.is_fixed_size_list(kind):
+        return kind.list_size
+    if not (pa.types.is_list(kind) or pa.types.is_large_list(kind)):
         raise ValueError(
             f"--predictions {name}: logits of shard {shard} are {kind}, expected fixed_size_list<float>[K]"
         )
-    return kind.list_size
+    # As pandas writes them: lists of one length.
+    first = columns.read(run.uri, group, shard, ["logits"])["logits"].drop_null().slice(0, 1)
+    return len(first[0]) if len(first) else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -220,8 +228,20 @@ def _read_logits(predictions: PredictionSet, shard: int) -> pa.Table:
             f"--predictions {predictions.name}: shard {shard}: cannot be read, its logits are null somewhere or the "
             f"file is damaged ({error})"
         ) from None
-    assert not found["logits"].null_count, f"{predictions.group}: null logits that Parquet could read"
-    return found
+    return found.set_column(1, "logits", _fixed(predictions, shard, found["logits"]))
+
+
+def _fixed(predictions: PredictionSet, shard: int, lists: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Lists of K values as a fixed-size list, checked."""
+    lengths = pa.compute.list_value_length(lists)
+    bad = pa.compute.not_equal(lengths, predictions.num_classes).fill_null(True)
+    if pa.compute.any(bad).as_py():
+        row = pa.compute.index(bad, True).as_py()
+        raise ValueError(
+            f"--predictions {predictions.name}: shard {shard}: sample {row} has {lengths[row].as_py() or 'no'} logits, others "
+            f"{predictions.num_classes}; predict again"
+        )
+    return lists.cast(pa.list_(pa.float32(), predictions.num_classes))
 
 
 def check_rows(subject: str, shard: int, expected: np.ndarray, found: np.ndarray) -> None:

@@ -54,6 +54,8 @@ class Training:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if self.loss == "ce":
+            object.__setattr__(self, "loss", "cross_entropy")
         if self.loss not in LOSSES:
             raise ValueError(f"--loss {self.loss}: expected one of {', '.join(LOSSES)}")
         for name in ("alpha_pos", "alpha_neg", "epochs", "lr", "batch_size"):
