@@ -14,7 +14,7 @@ MOST_POINTS = 2000  # of a curve
 
 
 def reliability_diagram(curve: np.ndarray, title: str = "", ece: float | None = None) -> Figure:
-    """Accuracy against confidence by bin, with the gap to the diagonal, over the share of samples in each bin.
+    """Accuracy against confidence by bin, with the gap between them, over the share of samples in each bin.
 
     Parameters
     ----------
@@ -22,7 +22,7 @@ def reliability_diagram(curve: np.ndarray, title: str = "", ece: float | None = 
         Count, correct and summed confidence of each bin of equal width (`Outcomes.curve`).
     title : str
     ece : float, optional
-        Written into the corner, in percent.
+        Written under the legend, in percent.
     """
     figure = Figure(figsize=(4.6, 5.2), layout="constrained")
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
@@ -44,7 +44,7 @@ def reliability_diagram(curve: np.ndarray, title: str = "", ece: float | None = 
     upper.plot([0, 1], [0, 1], color="0.3", linewidth=1, linestyle="--")
     upper.set(xlim=(0, 1), ylim=(0, 1), ylabel="accuracy", title=title)
     if ece is not None:
-        upper.text(0.97, 0.04, f"ECE {100 * ece:.2f} %", ha="right", transform=upper.transAxes)
+        upper.text(0.03, 0.78, f"ECE {100 * ece:.2f} %", transform=upper.transAxes)
     upper.legend(loc="upper left", frameon=False)
     lower.bar(edges, count / count.sum(), width, align="edge", color="0.6", edgecolor="white")
     lower.set(xlabel="confidence (largest probability)", ylabel="samples, share")
@@ -112,6 +112,9 @@ def lines(
     for name, (x, y) in series.items():
         axes.plot(x, y, marker="o", markersize=3, linewidth=1.4, label=name)
     axes.set(xlabel=xlabel, ylabel=ylabel, title=title)
+    axes.xaxis.get_major_locator().set_params(
+        integer=all(float(x).is_integer() for xs, _ in series.values() for x in xs)
+    )
     _legend(axes, len(series))
     return figure
 
