@@ -129,7 +129,8 @@ def epoch_entropies(logits: torch.Tensor) -> torch.Tensor:
     leaves the base open; its plotted range needs base 2.
     """
     mean = torch.softmax(logits, dim=3).mean(dim=2)
-    return torch.special.entr(mean).sum(dim=2) / math.log(2)
+    # Rounding can make a probability exceed 1 by a hair, and its entropy fall below 0.
+    return torch.special.entr(mean).sum(dim=2).clamp(min=0) / math.log(2)
 
 
 class HeadEntropies:

@@ -25,7 +25,7 @@ def test_trains_scores_goes_on_and_does_nothing_twice(tmp_path, capsys):
     other = make_run(tmp_path / "b", (30,), labelled=False)[0]
     words = ("--run", run.uri, "--score-run", other.uri, "--seeds", 2, "--batch-size", 16, "--workers", 1)
     status, first = run_job(capsys, *words, "--epochs", 2)
-    assert status == 0
+    assert status == 0, first
     assert (first["epochs_trained"], first["confusion"]["rows"], first["scored"]["rows"]) == (4, 100, 30)
     assert [m["seed"] for m in first["members"]] == [0, 1] and all(m["accuracy"] > 0.3 for m in first["members"])
     for uri, rows in ((run.uri, 100), (other.uri, 30)):

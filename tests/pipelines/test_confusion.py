@@ -7,6 +7,7 @@ import pytest
 import safetensors.torch
 import torch
 
+from ops.confusion import ConfusionScore
 from pipelines import columns, confusion, storage
 from pipelines import confusion_heads as heads
 from pipelines.confusion import HeadScorer, ScoringPlan
@@ -67,14 +68,14 @@ def test_scores_are_those_of_the_whole_array(scored):
 
 
 def test_scores_equal_the_operator_on_the_same_probabilities(scored):
-    ops_confusion = pytest.importorskip("ops.confusion")
     run, features, members = scored
-    whole = ops_confusion.ConfusionScore(len(features))
+    whole = ConfusionScore(len(features))
     for epoch in (1, 2):
         states = [load_epoch(run.uri, m, epoch) for m in members]
         x = [(torch.from_numpy(features) - s["mean"]) / s["scale"] @ s["0.weight"].T + s["0.bias"] for s in states]
         whole.update(torch.softmax(torch.stack(x), dim=2).numpy(), np.arange(len(features)))
     np.testing.assert_allclose(column(run), whole.score(), atol=1e-5)
+    np.testing.assert_allclose(column(run, "confusion.entropy_std"), whole.spread(), atol=1e-5)
 
 
 def test_workers_batches_and_the_cut_into_shards_do_not_matter(scored, tmp_path):
