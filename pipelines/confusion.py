@@ -217,5 +217,9 @@ def _score_shards(
         max_restarts=2,
         max_task_retries=2,
     )
-    for batch in dataset.iter_batches(batch_size=None, prefetch_batches=0):
-        yield from zip(batch["shard"].tolist(), batch["rows"].tolist())
+    try:
+        for batch in dataset.iter_batches(batch_size=None, prefetch_batches=0):
+            yield from zip(batch["shard"].tolist(), batch["rows"].tolist())
+    except (ray.exceptions.RayActorError, ray.exceptions.WorkerCrashedError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise StageFailed(f"confusion: a scoring worker died ({reason}); finished shards are kept") from error
