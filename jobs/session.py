@@ -34,7 +34,7 @@ def ray_session(options: RunOptions) -> Iterator[None]:
     address = os.environ.get("RAY_ADDRESS", "local") if options.ray_address == "auto" else options.ray_address
     own = {"num_cpus": options.ray_cpus, "include_dashboard": False} if address == "local" else {}
     try:
-        _start(address, **own)
+        start_ray(address=address, **own)
     except ConnectionError as error:
         raise ValueError(f"--ray-address {address}: no Ray there ({error})") from None
     context = ray.data.DataContext.get_current()
@@ -45,14 +45,15 @@ def ray_session(options: RunOptions) -> Iterator[None]:
         ray.shutdown()
 
 
-def _start(address: str, tries: int = 3, **own: Any) -> None:
+def start_ray(tries: int = 3, **options: Any) -> None:
+    """`ray.init`, tried again where a busy machine did not bring the node up within Ray's 30 s."""
     import ray
 
     for attempt in range(1, tries + 1):
         try:
-            ray.init(address=address, log_to_driver=False, logging_level="error", **own)
+            ray.init(log_to_driver=False, logging_level="error", **options)
             return
-        except Exception as error:  # a plain Exception is what Ray raises when its node is not up within 30 s
+        except Exception as error:  # a plain Exception is what Ray raises then
             if attempt == tries or "timed out during startup" not in str(error):
                 raise
             ray.shutdown()

@@ -196,7 +196,7 @@ def select(run: Run, rule: Rule, name: str = "hard", samples_per_shard: int = 10
     source = fingerprint("subset", dataclasses.asdict(rule), _column_sources(run, rule.by), samples_per_shard)
     before = run.record["stages"].get(f"select/{name}")
     if before and before["source"] == source and storage.exists(run.path("subsets", name, "manifest.parquet")):
-        return before | {"skipped": True}
+        return before | {"path": run.path("subsets", name), "skipped": True}
     started = time.monotonic()
     cut, wanted = find_cut(run, rule)
     if not wanted.sum():
@@ -219,12 +219,11 @@ def select(run: Run, rule: Rule, name: str = "hard", samples_per_shard: int = 10
         "rule": str(rule),
         "samples": len(uids),
         "shards": len(outputs),
-        "path": run.path("subsets", name),
         "seconds": time.monotonic() - started,
     }
     storage.write_text_atomic(run.path("subsets", name, "README.md"), _card(run, rule, name, entry, wanted))
     run.finish_stage(f"select/{name}", **entry)
-    return entry | {"skipped": False}
+    return entry | {"path": run.path("subsets", name), "skipped": False}
 
 
 def _plan_outputs(run: Run, rule: Rule, cut: Cut, samples_per_shard: int) -> Iterator[tuple[int, list]]:

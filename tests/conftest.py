@@ -37,10 +37,9 @@ def ray_session():
     """A local Ray of 4 logical cores for all tests (each worker process costs seconds of imports)."""
     import ray
 
-    ray.init(
-        address="local", num_cpus=4, include_dashboard=False, object_store_memory=200 << 20, log_to_driver=False,
-        logging_level="warning",
-    )  # fmt: skip
+    from jobs.session import start_ray
+
+    start_ray(address="local", num_cpus=4, include_dashboard=False, object_store_memory=200 << 20)
     ray.data.DataContext.get_current().enable_progress_bars = False
     yield ray
     ray.shutdown()

@@ -1,10 +1,12 @@
 """The main job end to end: real tars in, columns and a subset out, whatever comes in."""
 
-import io
 import json
+import os
+import shutil
 import struct
 import zlib
 
+import boto3
 import numpy as np
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
@@ -37,20 +39,40 @@ def png_bomb() -> bytes:
     )
 
 
-@pytest.fixture
-def corpus(tmp_path, make_image, make_shard):
-    """corpus(numbers, size=12) writes good shards `train-NNNNNN.tar` of three classes; returns their folder."""
+@pytest.fixture(scope="module")
+def write_corpus(make_image, make_shard):
+    """write_corpus(folder, numbers, size=12): good shards `train-NNNNNN.tar` of three classes; returns the folder."""
 
-    def write(numbers, size=12):
+    def write(folder, numbers, size=12):
         for number in numbers:
             samples = [
                 (f"{number:03d}_{i:04d}", {"jpg": make_image(100 * number + i), "cls": str(i % 3).encode()})
                 for i in range(size)
             ]
-            make_shard(tmp_path / "shards" / f"train-{number:06d}.tar", samples)
-        return str(tmp_path / "shards")
+            make_shard(folder / f"train-{number:06d}.tar", samples)
+        return str(folder)
 
     return write
+
+
+@pytest.fixture
+def corpus(tmp_path, write_corpus):
+    """corpus(numbers): good shards in this test's own folder."""
+    return lambda numbers: write_corpus(tmp_path / "shards", numbers)
+
+
+@pytest.fixture(scope="module")
+def curated(tmp_path_factory, ray_session, write_corpus):
+    """A folder with three shards and their run, made once: tests read it or work on a copy of the run."""
+    folder = tmp_path_factory.mktemp("curated")
+    assert curate(arguments(write_corpus(folder / "shards", range(3)), folder / "run")) == 0
+    return folder
+
+
+@pytest.fixture
+def copied(curated, tmp_path):
+    """The run of `curated`, copied; its shards stay where they are."""
+    return shutil.copytree(curated / "run", tmp_path / "copied")
 
 
 def arguments(shards, run, *more):
@@ -67,12 +89,12 @@ def result_of(capsys):
     return json.loads(capsys.readouterr().out.splitlines()[-1])
 
 
-def test_the_whole_way(tmp_path, corpus, capsys):
-    assert curate(arguments(corpus(range(3)), tmp_path / "run", "--json")) == 0
+def test_the_whole_way(curated, copied, capsys):
+    assert curate(arguments(curated / "shards", copied, "--json")) == 0
     result = result_of(capsys)
     assert result["embed"]["rows"] == 36 and result["embed"]["left_out"] == 0
     assert result["select"]["samples"] == 4
-    run = tmp_path / "run"
+    run = curated / "run"
     assert sorted(path.name for path in run.iterdir() if not path.name.startswith(".")) == [
         "difficulty", "embeddings", "gaussians.npz", "quarantine", "run.json", "subsets",
     ]  # fmt: skip
@@ -82,41 +104,36 @@ def test_the_whole_way(tmp_path, corpus, capsys):
     assert table.column_names[:4] == ["key", "shard", "row", "label"]
     assert table["key"].to_pylist() == [f"{s:03d}_{i:04d}" for s in range(3) for i in range(12)]
     assert b"harder" in table.schema.field("rmd").metadata[b"direction"]
-    assert json.loads((run / "run.json").read_text())["classes"] == ["0", "1", "2"]
+    record = json.loads((run / "run.json").read_text())
+    assert record["classes"] == ["0", "1", "2"]
+    assert "rmd" in record["stages"]["score"]["quantiles"]
 
 
-def test_stages_one_by_one_are_the_same_as_curate(tmp_path, corpus):
-    shards = corpus(range(3))
-    assert curate(arguments(shards, tmp_path / "a")) == 0
-    assert embed(arguments(shards, tmp_path / "b")) == 0
+def test_stages_one_by_one_are_the_same_as_curate(tmp_path, curated):
+    assert embed(arguments(curated / "shards", tmp_path / "run")) == 0
     for stage in (fit, score, select):
-        assert stage(["--run", str(tmp_path / "b"), "--mlflow", "none"]) == 0
+        assert stage(["--run", str(tmp_path / "run"), "--mlflow", "none"]) == 0
     for name in ("embeddings/000001.parquet", "difficulty/000002.parquet", "subsets/hard/hard-000000.tar"):
-        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes(), name
+        assert (tmp_path / "run" / name).read_bytes() == (curated / "run" / name).read_bytes(), name
 
 
-def test_again_nothing_is_redone_and_no_byte_changes(tmp_path, corpus, capsys):
-    command = arguments(corpus(range(3)), tmp_path / "run", "--json")
-    assert curate(command) == 0
-    before = contents(tmp_path / "run")
-    capsys.readouterr()
-    assert curate(command) == 0
+def test_again_nothing_is_redone_and_no_byte_changes(curated, copied, capsys):
+    before = contents(copied)
+    assert curate(arguments(curated / "shards", copied, "--json")) == 0
     again = result_of(capsys)
     assert (again["embed"]["shards_done"], again["embed"]["shards_skipped"]) == (0, 3)
     assert again["fit"]["skipped"] and again["select"]["skipped"] and again["score"]["shards_done"] == 0
-    assert contents(tmp_path / "run") == before
+    assert contents(copied) == before
 
 
-def test_more_shards_are_embedded_alone_and_the_scores_equal_a_fresh_run(tmp_path, corpus, capsys):
-    assert curate(arguments(corpus(range(2)), tmp_path / "grown")) == 0
-    old = (tmp_path / "grown/embeddings/000000.parquet").stat()
-    shards = corpus(range(2, 5))
-    capsys.readouterr()
-    assert curate(arguments(shards, tmp_path / "grown", "--json")) == 0
-    assert result_of(capsys)["embed"]["shards_done"] == 3
-    assert (tmp_path / "grown/embeddings/000000.parquet").stat() == old
-    assert curate(arguments(shards, tmp_path / "fresh")) == 0
-    grown, fresh = (columns.load(str(tmp_path / name), ["difficulty.rmd"]) for name in ("grown", "fresh"))
+def test_more_shards_are_embedded_alone_and_the_scores_equal_a_fresh_run(tmp_path, corpus, curated, copied, capsys):
+    old = (copied / "embeddings/000000.parquet").stat()
+    both = f"{curated / 'shards'}::{corpus(range(3, 5))}"
+    assert curate(arguments(both, copied, "--json")) == 0
+    assert result_of(capsys)["embed"]["shards_done"] == 2
+    assert (copied / "embeddings/000000.parquet").stat() == old
+    assert curate(arguments(both, tmp_path / "fresh")) == 0
+    grown, fresh = (columns.load(str(run), ["difficulty.rmd"]) for run in (copied, tmp_path / "fresh"))
     assert grown["key"] == fresh["key"]
     rmd = fresh["difficulty.rmd"].to_numpy()
     np.testing.assert_allclose(grown["difficulty.rmd"].to_numpy(), rmd, atol=1e-4 * rmd.std())
@@ -164,7 +181,7 @@ def test_everything_bad_is_in_quarantine_with_its_reason(tmp_path, corpus, capsy
     assert len(entries) == result["embed"]["left_out"] == len(bad) + 1 + 3
     reasons = {entry["key"]: entry["reason"] for entry in entries if entry["shard"] == 3}
     words = {
-        "zero": "empty image", "bomb": "50000 × 50000", "half": "truncated", "text": "not an image", "word": "'cat'", "minus": "-1",
+        "zero": "empty image", "bomb": "50,000 × 50,000", "half": "truncated", "text": "not an image", "word": "'cat'", "minus": "-1",
         "../../x": "..", "nolabel": "missing label", "noimage": "missing image", "twice": "duplicate key",
     }  # fmt: skip
     assert reasons.keys() == words.keys()
@@ -217,15 +234,14 @@ def test_bad_options_are_status_2_and_one_line(tmp_path, corpus, capsys, change,
     assert not (tmp_path / "run/embeddings").exists()  # found before any work
 
 
-def test_a_run_of_another_config_and_an_unwritable_output_are_status_2(tmp_path, corpus, capsys):
-    shards = corpus(range(2))
-    assert embed(arguments(shards, tmp_path / "run")) == 0
-    assert embed([*arguments(shards, tmp_path / "run")[:5], "pixels:4", "--mlflow", "none"]) == 2
+def test_a_run_of_another_config_and_an_unwritable_output_are_status_2(tmp_path, curated, copied, capsys):
+    other = [word.replace("pixels:3", "pixels:4") for word in arguments(curated / "shards", copied)]
+    assert embed(other) == 2
     assert "pixels:3" in capsys.readouterr().err.splitlines()[-1]
     (tmp_path / "file").write_text("in the way")
-    assert embed(arguments(shards, tmp_path / "file/run")) == 2
-    assert embed([*arguments(shards, tmp_path / "run")[:5], "pixels:4", "--mlflow", "none", "--overwrite"]) == 0
-    assert Run.open(str(tmp_path / "run")).config.width == 16
+    assert embed(arguments(curated / "shards", tmp_path / "file/run")) == 2
+    assert embed([*other, "--overwrite"]) == 0
+    assert Run.open(str(copied)).config.width == 16 and not (copied / "difficulty").exists()
 
 
 def test_labels_from_json_names_and_none(tmp_path, make_image, make_shard):
@@ -249,28 +265,22 @@ def test_labels_from_json_names_and_none(tmp_path, make_image, make_shard):
     assert table["rmd"].null_count == table["label"].null_count == 20 and table["md_agn"].null_count == 0
 
 
-def test_scored_with_another_runs_gaussians(tmp_path, corpus, capsys, make_image, make_shard):
-    assert curate(arguments(corpus(range(3)), tmp_path / "run")) == 0
-    new = make_shard(
-        tmp_path / "new.tar", [(f"n{i}", {"jpg": make_image(i), "cls": str(i % 3).encode()}) for i in range(9)]
-    )
-    assert curate(arguments(new, tmp_path / "scored", "--gaussians", str(tmp_path / "run"))) == 0
-    assert curate(arguments(new, tmp_path / "blind", "--gaussians", str(tmp_path / "run"), "--label", "none")) == 0
-    blind = ds.dataset(tmp_path / "blind/difficulty").to_table()
-    assert blind["rmd"].null_count == 0 and blind["nearest_class"].null_count == 0
-    strange = make_shard(tmp_path / "strange.tar", [("s", {"jpg": make_image(1), "cls": b"9"})])
-    assert curate(arguments(strange, tmp_path / "strange", "--gaussians", str(tmp_path / "run"))) == 2
-    assert "class '9'" in capsys.readouterr().err.splitlines()[-1]
-
-
-def test_scoring_twice_with_another_runs_gaussians_changes_no_byte(tmp_path, corpus, make_image, make_shard):
-    assert curate(arguments(corpus(range(3)), tmp_path / "run")) == 0
-    new = make_shard(tmp_path / "new.tar", [(f"n{i}", {"jpg": make_image(i), "cls": b"1"}) for i in range(5)])
-    command = arguments(new, tmp_path / "scored", "--gaussians", str(tmp_path / "run"))
+def test_scored_with_another_runs_gaussians(tmp_path, curated, capsys, make_image, make_shard):
+    gaussians = ("--gaussians", str(curated / "run"))
+    samples = [(f"n{i}", {"jpg": make_image(i), "cls": str(i % 2).encode()}) for i in range(5)]
+    command = arguments(make_shard(tmp_path / "new.tar", samples), tmp_path / "scored", *gaussians)
     assert curate(command) == 0
+    assert Run.open(str(tmp_path / "scored")).classes == ["0", "1", "2"]
     before = contents(tmp_path / "scored")
     assert curate(command) == 0
     assert contents(tmp_path / "scored") == before
+    strange = make_shard(tmp_path / "strange.tar", [("s", {"jpg": make_image(1), "cls": b"9"})])
+    assert curate(arguments(strange, tmp_path / "strange", *gaussians)) == 2
+    assert "class '9'" in capsys.readouterr().err.splitlines()[-1]
+    # Without labels: rmd to the nearest class.
+    assert curate(arguments(tmp_path / "new.tar", tmp_path / "blind", *gaussians, "--label", "none")) == 0
+    blind = ds.dataset(tmp_path / "blind/difficulty").to_table()
+    assert blind["rmd"].null_count == blind["nearest_class"].null_count == 0 and blind["md"].null_count == 5
 
 
 def test_columns_of_embeddings_that_were_replaced_are_refused(tmp_path, corpus, capsys, make_image, make_shard):
@@ -294,43 +304,32 @@ def test_a_large_block_that_ray_cuts_in_two_is_written_whole(tmp_path, make_imag
     assert ds.dataset(tmp_path / "run/embeddings").to_table(columns=["row"])["row"].to_pylist() == list(range(2000))
 
 
-def test_augmented_views_enter_the_fit_and_not_the_scored_embedding(tmp_path, corpus):
-    shards = corpus(range(2))
-    assert curate(arguments(shards, tmp_path / "one")) == 0
-    assert curate(arguments(shards, tmp_path / "five", "--views", "5")) == 0
-    one, five = (pq.read_table(tmp_path / run / "embeddings/000000.parquet") for run in ("one", "five"))
+def test_augmented_views_enter_the_fit_and_not_the_scored_embedding(tmp_path, curated):
+    assert curate(arguments(curated / "shards", tmp_path / "five", "--views", "5")) == 0
+    one, five = (pq.read_table(run / "embeddings/000000.parquet") for run in (curated / "run", tmp_path / "five"))
     assert one["embedding"].to_pylist() == five["embedding"].to_pylist()
     assert five.schema.field("augmented").type.list_size == 4 * 9
-    runs = [Run.open(str(tmp_path / name)).stage("fit")["samples"] for name in ("one", "five")]
-    assert runs == [24, 120]
+    assert [Run.open(str(run)).stage("fit")["samples"] for run in (curated / "run", tmp_path / "five")] == [36, 180]
 
 
-def test_mlflow_has_one_run_per_command(tmp_path, corpus):
+def test_mlflow_has_one_run_per_command(tmp_path, curated, copied):
     import mlflow
 
     uri = f"sqlite:///{tmp_path}/mlflow.db"
-    assert curate([*arguments(corpus(range(2)), tmp_path / "run")[:-2], "--mlflow", uri]) == 0
-    runs = mlflow.MlflowClient(uri).search_runs(
-        [mlflow.MlflowClient(uri).get_experiment_by_name("hardset").experiment_id]
-    )
+    assert curate([*arguments(curated / "shards", copied)[:-1], uri]) == 0
+    client = mlflow.MlflowClient(uri)
+    runs = client.search_runs([client.get_experiment_by_name("hardset").experiment_id])
     assert len(runs) == 1 and runs[0].info.status == "FINISHED"
-    assert runs[0].data.params["encoder"] == "pixels:3" and runs[0].data.metrics["embed.rows"] == 24
+    assert runs[0].data.params["encoder"] == "pixels:3" and runs[0].data.metrics["embed.rows"] == 36
 
 
-def test_a_run_on_an_object_store_is_the_same(tmp_path, corpus, s3_folder):
-    import boto3
-
-    shards = corpus(range(2))
+def test_a_run_on_an_object_store_is_the_same(curated, s3_folder):
     bucket, _, folder = s3_folder.removeprefix("s3://").partition("/")
-    client = boto3.client("s3", endpoint_url=__import__("os").environ["AWS_ENDPOINT_URL"])
-    for path in sorted((tmp_path / "shards").glob("*.tar")):
+    client = boto3.client("s3", endpoint_url=os.environ["AWS_ENDPOINT_URL"])
+    for path in sorted((curated / "shards").glob("*.tar")):
         client.upload_file(str(path), bucket, f"{folder}/{path.name}")
-    assert curate(arguments(f"{s3_folder}/train-{{000000..000001}}.tar", f"{s3_folder}/run")) == 0
-    assert curate(arguments(shards, tmp_path / "local")) == 0
-    there, here = (columns.load(run, ["difficulty.rmd"]) for run in (f"{s3_folder}/run", str(tmp_path / "local")))
+    assert curate(arguments(f"{s3_folder}/train-{{000000..000002}}.tar", f"{s3_folder}/run")) == 0
+    there, here = (columns.load(run, ["difficulty.rmd"]) for run in (f"{s3_folder}/run", str(curated / "run")))
     assert there["difficulty.rmd"].to_pylist() == here["difficulty.rmd"].to_pylist()
     body = client.get_object(Bucket=bucket, Key=f"{folder}/run/subsets/hard/hard-000000.tar")["Body"].read()
-    assert body == (tmp_path / "local/subsets/hard/hard-000000.tar").read_bytes()
-    assert pq.read_table(
-        io.BytesIO(client.get_object(Bucket=bucket, Key=f"{folder}/run/embeddings/000000.parquet")["Body"].read())
-    )
+    assert body == (curated / "run/subsets/hard/hard-000000.tar").read_bytes()
