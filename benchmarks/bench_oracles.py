@@ -28,7 +28,6 @@ from pipelines.sidebyside import Question, draw, side_by_side, store_figures
 from pipelines.train import Choices
 from pipelines.trust import Training, trust
 
-CLASSIFIERS = ("linear", "mlp:512")
 METRICS = ("fpr95", "aupr_error", "aupr_success", "auroc", "tpr", "tnr", "kl", "bhattacharyya")
 
 
@@ -56,6 +55,7 @@ def main() -> None:
     parser.add_argument("--report", type=Path, default=Path("benchmarks/oracles.md"))
     parser.add_argument("--epochs", type=int, default=15)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--classifiers", nargs="+", default=["linear", "mlp:512"])
     parser.add_argument("--alpha-neg", type=float, default=3.0)
     parser.add_argument("--ray-cpus", type=int)
     asked = parser.parse_args()
@@ -80,7 +80,7 @@ def measure(asked: argparse.Namespace) -> None:
     test = Run.open(asked.test)
     places = {"its own training run": Run.open(asked.train), "shards it has not seen": Run.open(asked.heldout)}
     recipe = Recipe(epochs=asked.epochs, schedule="cosine")
-    folders = {model: str(asked.out / f"classifier-{model.replace(':', '')}") for model in CLASSIFIERS}
+    folders = {model: str(asked.out / f"classifier-{model.replace(':', '')}") for model in asked.classifiers}
     train_heads(
         places["its own training run"],
         [Head(folder, LossChoice(), recipe, Choices(model=m, holdout=0.02)) for m, folder in folders.items()],
