@@ -26,7 +26,7 @@ from pipelines.run import Run, StageFailed, fingerprint
 from pipelines.train import Choices, plan_training
 
 TRIES = 3
-HOLDOUT = 0.02  # the training pipeline needs samples to evaluate on; their accuracy tells a diverged member too
+HOLDOUT = 0.02  # the training pipeline needs samples to evaluate on; too few to tell a diverged member by
 RESIDENT_BYTES = 2 << 30  # networks that an actor holds at once
 
 
@@ -93,7 +93,7 @@ def train_network(member: Member, plan: Plan, run_uri: str, device: str) -> Iter
         except StageFailed:  # the loss is not finite: nothing is left to train, the ensemble reports it
             yield _lost(run_uri, member, training, plan.recipe.epochs)
             return
-        entry = {"loss": metrics["train_loss"], "accuracy": metrics["holdout"]["accuracy"]}
+        entry = {"loss": metrics["train_loss"], "accuracy": metrics["train_accuracy"]}
         member = commit_epoch(run_uri, member, entry, training.model.state_dict(), {})
         training.save()
         yield member
