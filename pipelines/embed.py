@@ -122,21 +122,29 @@ class EmbedImages:
         return decoded, failed, time.perf_counter() - started
 
     def _forward(self, batch: torch.Tensor, seconds: dict[str, float]) -> np.ndarray:
-        """Embeddings of a prepared batch; halves the batch where the GPU's memory is too small for it."""
+        """Embeddings of a prepared batch; halves the batch where the GPU's memory is too small for it.
+
+        The encoder always sees full batches: its kernels give an image other last digits in a batch of another size, and
+        then scores would depend on how the corpus is cut into shards.
+        """
+        rows, full = len(batch), self.batch_size * self.config.views
+        if rows > full:
+            return np.concatenate([self._forward(part, seconds) for part in batch.split(full)])
+        padded = torch.cat([batch, batch.new_zeros(full - rows, *batch.shape[1:])])
         try:
             started = time.perf_counter()
-            batch_on_device = batch.to(self.device)
+            on_device = padded.to(self.device)
             moved = time.perf_counter()
-            result = self.encoder.encode(batch_on_device, autocast=self.device == "cuda").float().cpu().numpy()
+            result = self.encoder.encode(on_device, autocast=self.device == "cuda").float().cpu().numpy()
         except torch.cuda.OutOfMemoryError:
-            if len(batch) == 1:
+            if self.batch_size == 1:
                 raise
             torch.cuda.empty_cache()
-            self.batch_size = max(1, self.batch_size // 2)
-            return np.concatenate([self._forward(half, seconds) for half in batch.tensor_split(2)])
+            self.batch_size //= 2
+            return self._forward(batch, seconds)
         seconds["transfer"] += moved - started
         seconds["model"] += time.perf_counter() - moved
-        return result
+        return result[:rows]
 
     def _quarantine_overflow(self, vectors: np.ndarray, reasons: list[str | None]) -> None:
         limit = np.finfo(self.config.dtype).max
