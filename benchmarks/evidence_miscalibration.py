@@ -1,6 +1,6 @@
 """What miscalibrates a small network (Guo et al. 2017): depth, width, batch normalisation, weight decay, and training on.
 
-python -m benchmarks.bench_miscalibration --train RUN --test RUN --out FOLDER
+python -m benchmarks.evidence_miscalibration --train RUN --test RUN --out FOLDER
 
 Fully connected networks on embeddings; ECE and NLL on the test run, before and after the temperature that is fitted on a
 tenth of the training run held out. One seed per point, three for the epochs. Embeddings are read into memory.

@@ -1,7 +1,7 @@
 """Do the calibration losses calibrate? CE, FL-53, inverse focal, dual focal, KDE-XE, AURC and AU, before and after
 temperature scaling, MetaMis and MetaAcc, as Tables 1, 2 and 4 of the reweighted-risk paper (Zhou et al.).
 
-python -m benchmarks.bench_calibration_losses --train RUN --test RUN --out FOLDER
+python -m benchmarks.evidence_calibration_losses --train RUN --test RUN --out FOLDER
 
 Heads on embeddings. γ, ν and coverage are chosen on a held-out tenth of the training run (lowest NLL, one seed);
 calibrators are fitted on a fifth of the test run's shards, and everything is measured on the others.

@@ -1,6 +1,6 @@
 """What the confusion score is worth on real images: error by score, transfer to other models, seeds and epochs.
 
-    python benchmarks/confusion_evidence.py --members TRAIN_RUN --scores TEST_RUN OTHER_TEST_RUN … --outside TEST_RUN:NAME … --out docs
+    python benchmarks/evidence_confusion.py --members TRAIN_RUN --scores TEST_RUN OTHER_TEST_RUN … --outside TEST_RUN:NAME … --out docs
 
 --members  run whose heads `hardset confusion --seeds 3 --epochs 20` trained; robustness is computed from its checkpoints
 --scores   test runs with confusion columns (of other ensembles too); the first is judged, the others are what it transfers to
@@ -48,7 +48,7 @@ def main() -> None:
     outside = {label(o): outside_errors(scores, o) for o in options.outside}
     variants = robustness_scores(Run.open(options.members), options.form, test)
     parts = [
-        f"# The confusion score on real images\n\n{datetime.date.today()}. Written by `benchmarks/confusion_evidence.py`; "
+        f"# The confusion score on real images\n\n{datetime.date.today()}. Written by `benchmarks/evidence_confusion.py`; "
         f"{len(scores):,} test images whose labels no scorer saw.\n",
         errors_section(scores["score"].to_numpy(), outside),
         transfer_section(test, options.scores, scores["score"].to_numpy(), outside),

@@ -1,6 +1,6 @@
 """How do accuracy, ECE and difficulty move with the severity of a corruption, and does training with difficulty help?
 
-python -m benchmarks.bench_corruption --train RUN --shards 'DIR/test-000000.tar' --out FOLDER
+python -m benchmarks.evidence_corruption --train RUN --shards 'DIR/test-000000.tar' --out FOLDER
 
 All corruptions of the four families at five severities become one run, a shard each, embedded as --train was and scored
 with its Gaussians. Heads trained with CE and with difficulty-aware entropy (Cui et al. 2023, eq. 9), three seeds. --train

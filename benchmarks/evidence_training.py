@@ -1,6 +1,6 @@
 """Which loss calibrates best on noisy labels, and is it the difficulty or the strength? One table, seeds × losses.
 
-    python benchmarks/training_losses.py --run RUN --eval-run RUN2 [--seeds 3] [--epochs 20]
+    python benchmarks/evidence_training.py --run RUN --eval-run RUN2 [--seeds 3] [--epochs 20]
 
 RUN: embeddings with difficulty/; RUN2: the test set's by the same encoder. One process trains all: Ray only plans.
 """

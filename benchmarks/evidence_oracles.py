@@ -1,7 +1,7 @@
 """Which oracle knows when a classifier is wrong? Steep slope, cross entropy, focal and TCP side by side, as Table 1 of the
 steep slope paper (Luo et al. 2021), beside the classifier's own confidence.
 
-python -m benchmarks.bench_oracles --train RUN --heldout RUN --test RUN --out FOLDER
+python -m benchmarks.evidence_oracles --train RUN --heldout RUN --test RUN --out FOLDER
 
 Classifiers are heads on the embeddings of --train. Oracles are trained on --train, where the classifier has seen every
 label, and on --heldout, where it has not. Cross entropy and focal also as the released code computes them: logits (n, 1)
