@@ -126,6 +126,7 @@ def test_again_nothing_is_redone_and_no_byte_changes(curated, copied, capsys):
     assert contents(copied) == before
 
 
+@pytest.mark.slow
 def test_more_shards_are_embedded_alone_and_the_scores_equal_a_fresh_run(tmp_path, corpus, curated, copied, capsys):
     first = copied / "embeddings/000000.parquet"
     old = (first.stat().st_ino, first.stat().st_mtime_ns)
@@ -140,6 +141,7 @@ def test_more_shards_are_embedded_alone_and_the_scores_equal_a_fresh_run(tmp_pat
     np.testing.assert_allclose(grown["difficulty.rmd"].to_numpy(), rmd, atol=1e-4 * rmd.std())
 
 
+@pytest.mark.slow
 def test_a_shard_whose_bytes_changed_is_redone_one_whose_time_changed_is_not(
     tmp_path, corpus, capsys, make_image, make_shard
 ):
@@ -200,6 +202,7 @@ def test_everything_bad_is_in_quarantine_with_its_reason(tmp_path, corpus, capsy
     assert "13 in quarantine" in shown and "duplicate key" in shown
 
 
+@pytest.mark.slow
 def test_too_many_bad_samples_end_the_run_with_status_1_and_keep_what_is_done(tmp_path, corpus, capsys, make_shard):
     shards = corpus(range(2))
     make_shard(tmp_path / "shards/train-000002.tar", [(f"bad{i}", {"jpg": b"no", "cls": b"0"}) for i in range(4)])
@@ -235,6 +238,7 @@ def test_bad_options_are_status_2_and_one_line(tmp_path, corpus, capsys, change,
     assert not (tmp_path / "run/embeddings").exists()  # found before any work
 
 
+@pytest.mark.slow
 def test_a_run_of_another_config_and_an_unwritable_output_are_status_2(tmp_path, curated, copied, capsys):
     other = [word.replace("pixels:3", "pixels:4") for word in arguments(curated / "shards", copied)]
     assert embed(other) == 2
@@ -245,6 +249,7 @@ def test_a_run_of_another_config_and_an_unwritable_output_are_status_2(tmp_path,
     assert Run.open(str(copied)).config.width == 16 and not (copied / "difficulty").exists()
 
 
+@pytest.mark.slow
 def test_labels_from_json_names_and_none(tmp_path, make_image, make_shard):
     words = ["ant", "bee"]
     samples = [
@@ -266,6 +271,7 @@ def test_labels_from_json_names_and_none(tmp_path, make_image, make_shard):
     assert table["rmd"].null_count == table["label"].null_count == 20 and table["md_agn"].null_count == 0
 
 
+@pytest.mark.slow
 def test_scored_with_another_runs_gaussians(tmp_path, curated, capsys, make_image, make_shard):
     gaussians = ("--gaussians", str(curated / "run"))
     samples = [(f"n{i}", {"jpg": make_image(i), "cls": str(i % 2).encode()}) for i in range(5)]
@@ -284,6 +290,7 @@ def test_scored_with_another_runs_gaussians(tmp_path, curated, capsys, make_imag
     assert blind["rmd"].null_count == blind["nearest_class"].null_count == 0 and blind["md"].null_count == 5
 
 
+@pytest.mark.slow
 def test_columns_of_embeddings_that_were_replaced_are_refused(tmp_path, corpus, capsys, make_image, make_shard):
     shards = corpus(range(2))
     assert curate(arguments(shards, tmp_path / "run")) == 0
@@ -295,6 +302,7 @@ def test_columns_of_embeddings_that_were_replaced_are_refused(tmp_path, corpus, 
     assert "shard 1 was embedded again" in capsys.readouterr().err.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_a_large_block_that_ray_cuts_in_two_is_written_whole(tmp_path, make_image, make_shard, capsys):
     small = make_image(0, size=4)
     shard = make_shard(tmp_path / "s.tar", [(f"k{i:04d}", {"jpg": small, "cls": b"0"}) for i in range(2000)])
@@ -305,6 +313,7 @@ def test_a_large_block_that_ray_cuts_in_two_is_written_whole(tmp_path, make_imag
     assert ds.dataset(tmp_path / "run/embeddings").to_table(columns=["row"])["row"].to_pylist() == list(range(2000))
 
 
+@pytest.mark.slow
 def test_augmented_views_enter_the_fit_and_not_the_scored_embedding(tmp_path, curated):
     assert curate(arguments(curated / "shards", tmp_path / "five", "--views", "5")) == 0
     one, five = (pq.read_table(run / "embeddings/000000.parquet") for run in (curated / "run", tmp_path / "five"))
@@ -324,6 +333,7 @@ def test_mlflow_has_one_run_per_command(tmp_path, curated, copied):
     assert runs[0].data.params["encoder"] == "pixels:3" and runs[0].data.metrics["embed.rows"] == 36
 
 
+@pytest.mark.slow
 def test_a_run_on_an_object_store_is_the_same(curated, s3_folder):
     bucket, _, folder = s3_folder.removeprefix("s3://").partition("/")
     client = boto3.client("s3", endpoint_url=os.environ["AWS_ENDPOINT_URL"])

@@ -58,7 +58,13 @@ def make_run(folder, sizes=(40, 25, 35), classes=3, dim=6, seed=0, labelled=True
                 "embedding": columns.vector_array(features[rows], pa.float32()),
             }
         ).cast(schema)
-        facts = {"left_out": 0, "max_label": int(labels[rows].max()), "digest": str(shard), "size": 0, "mtime_ns": 0}
+        facts = {
+            "left_out": 0,
+            "max_label": int(labels[rows].max()) if labelled else None,
+            "digest": str(shard),
+            "size": 0,
+            "mtime_ns": 0,
+        }
         columns.write(run.uri, columns.EMBEDDINGS, shard, table, f"by hand {seed} {shard}", **facts)
         start += size
     run.record["classes"] = [str(label) for label in range(classes)] if labelled else []
