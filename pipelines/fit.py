@@ -73,7 +73,8 @@ def shard_reference(shard: int, run_uri: str, gaussians: Gaussians, device: str)
     sums = ReferenceSums()
     for batch in columns.iter_batches(run_uri, columns.EMBEDDINGS, shard, ["label", "embedding"]):
         labels = columns.labels_or_minus_one(batch["label"])
-        rmd = gaussians.distances(_on(device, columns.vectors(batch["embedding"])), _on(device, labels)).rmd
+        features = columns.vectors(batch["embedding"]).astype(np.float64)
+        rmd = gaussians.distances(_on(device, features), _on(device, labels)).rmd
         sums = sums.add(ReferenceSums.of(rmd if isinstance(rmd, np.ndarray) else rmd.get()))
     return sums
 

@@ -62,7 +62,8 @@ def _score_batch(
 ) -> pa.Table:
     features = columns.vectors(batch["embedding"])
     labels = columns.labels_or_minus_one(batch["label"])
-    scores = gaussians.scores(_on(device, features), _on(device, labels))
+    # In float64: rmd is a small difference of two large distances, which float32 rounds to steps of 1e-4 of its spread.
+    scores = gaussians.scores(_on(device, features.astype(np.float64)), _on(device, labels))
     values = {
         name: to_numpy(getattr(scores, name))
         for name in ("md", "md_agn", "rmd", "nearest_class", "nearest_md", "margin")
