@@ -4,7 +4,8 @@ temperature scaling, MetaMis and MetaAcc, as Tables 1, 2 and 4 of the reweighted
 python -m benchmarks.evidence_calibration_losses --train RUN --test RUN --out FOLDER
 
 Heads on embeddings. γ, ν and coverage are chosen on a held-out tenth of the training run (lowest NLL, one seed);
-calibrators are fitted on a fifth of the test run's shards, and everything is measured on the others.
+calibrators are fitted on a fifth of the test run's shards, and everything is measured on the others. What is finished in
+--out is used again: another folder for other settings.
 """
 
 import argparse
@@ -29,7 +30,7 @@ LOSSES = {
     "dual focal": ("dual_focal", [{"gamma": g} for g in (1.0, 2.6, 5.0)]),
     "KDE-XE": ("kde_cross_entropy", [{"lam": 0.3}]),
     "AURC": ("aurc", [{}]),
-    "AU": ("selective_aurc", [{"nu": n, "coverage": c} for n in (0.01, 0.1) for c in (0.5, 0.75)]),
+    "AU": ("selective_aurc", [{"nu": n, "coverage": c} for n in (0.1, 0.3, 0.7) for c in (0.5, 0.75)]),
 }
 METRICS = ("accuracy", "ece", "ece_mass", "cwece", "nll")
 
@@ -43,10 +44,8 @@ def main() -> None:
     parser.add_argument("--model", default="mlp:512")
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--ray-cpus", type=int)
-    asked = parser.parse_args()
-    with ray_session(RunOptions(run=asked.test, ray_cpus=asked.ray_cpus)):
-        measure(asked)
+    parser.add_argument("--processes", type=int, default=1, help="heads trained at a time")
+    measure(parser.parse_args())
 
 
 def measure(asked: argparse.Namespace) -> None:
@@ -57,11 +56,13 @@ def measure(asked: argparse.Namespace) -> None:
         for name, (loss, _) in LOSSES.items()
         for seed in range(asked.seeds)
     ]
-    train_heads(run, heads)
+    train_heads(run, heads, asked.processes)
     sets = [Path(head.folder).name for head in heads]
-    for head, name in zip(heads, sets):
-        predict_last(test, head.folder, name)
-    answer = side_by_side(test, Question(tuple(sets), calibrate=METHODS, targets=MetaTargets(0.05, 0.95), bootstrap=0))
+    question = Question(tuple(sets), calibrate=METHODS, targets=MetaTargets(0.05, 0.95), bootstrap=0)
+    with ray_session(RunOptions(run=asked.test)):
+        for head, name in zip(heads, sets):
+            predict_last(test, head.folder, name)
+        answer = side_by_side(test, question)
     shown = [f"{loss}-0{suffix}" for loss in ("cross_entropy", "selective_aurc") for suffix in ("", ".temperature")]
     drawn = {name: figure for name, figure in draw(answer).items() if name.removesuffix("-reliability") in shown}
     store_figures(test, drawn)
@@ -87,7 +88,7 @@ def choose(run: Run, asked: argparse.Namespace, name: str) -> dict:
         Head(str(asked.out / "choice" / f"{loss}-{text}"), LossChoice(loss, params), recipe(asked, 0), choices(asked))
         for text, params in zip(label, grid)
     ]
-    nll = [summary["curve"][-1]["holdout"]["nll"] for summary in train_heads(run, heads)]
+    nll = [summary["curve"][-1]["holdout"]["nll"] for summary in train_heads(run, heads, asked.processes)]
     print(name, {text: round(value, 4) for text, value in zip(label, nll)}, flush=True)
     return grid[nll.index(min(nll))]
 

@@ -16,7 +16,7 @@ import torch
 from scipy.special import softmax
 from torch import nn
 
-from benchmarks.heads import replace_section, spread, table
+from benchmarks.heads import arrays, replace_section, spread, table
 from ops.calibration import (
     TemperatureScaling,
     expected_calibration_error,
@@ -24,7 +24,7 @@ from ops.calibration import (
     reliability_curve,
 )
 from ops.losses import cross_entropy
-from pipelines import columns, figures
+from pipelines import figures
 from pipelines.run import Run
 
 BASE = {"depth": 2, "width": 256, "norm": False, "weight_decay": 0.0}
@@ -64,16 +64,6 @@ def main() -> None:
     text += f"cosine, {asked.epochs} epochs; in percent but for NLL (nats) and T\n\n"
     text += table(["what", "value", *head], rows) + "\nthe base over epochs, three seeds\n\n"
     replace_section(asked.report, "tables", text + table(["epoch", *head], epochs))
-
-
-def arrays(uri: str) -> tuple[np.ndarray, np.ndarray]:
-    """Embeddings (n, d) and labels (n,) of a run."""
-    run, features, labels = Run.open(uri), [], []
-    for shard in range(len(run.shards)):
-        part = columns.read(uri, columns.EMBEDDINGS, shard, ["label", "embedding"])
-        features.append(columns.vectors(part["embedding"]).astype(np.float32))
-        labels.append(columns.labels_or_minus_one(part["label"]))
-    return np.concatenate(features), np.concatenate(labels)
 
 
 def network(d: int, classes: int, depth: int, width: int, norm: bool) -> nn.Sequential:

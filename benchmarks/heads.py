@@ -1,17 +1,25 @@
-"""Shared by the benchmarks: heads trained on a run's embeddings, their predictions, and tables of mean ± deviation."""
+"""Shared by the benchmarks: heads trained on a run's embeddings, their predictions, and tables of mean ± deviation.
 
+Ray plans the trainings and computes predictions; the trainings themselves are processes of their own, a core each.
+"""
+
+import concurrent.futures
 import dataclasses
+import multiprocessing
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 
+from jobs.options import RunOptions
+from jobs.session import ray_session
 from ops.models import load_classifier
-from pipelines.loop import Recipe, train_classifier
+from pipelines import columns
+from pipelines.loop import Plan, Recipe, train_classifier
 from pipelines.objective import LossChoice
 from pipelines.predict import predict
 from pipelines.run import Run
-from pipelines.tasks import in_order
 from pipelines.train import Choices, plan_training
 
 
@@ -25,16 +33,41 @@ class Head:
     choices: Choices
 
 
-def train_heads(run: Run, heads: Iterable[Head]) -> list[dict]:
-    """Train heads side by side, a core each; what is finished in its folder is not trained again."""
-    plans = [plan_training(run, head.folder, head.loss, head.recipe, head.choices) for head in heads]
-    return list(in_order(train_classifier, [(plan,) for plan in plans]))
+def train_heads(run: Run, heads: Iterable[Head], processes: int = 1) -> list[dict]:
+    """Train heads, so many at a time; what is finished in its folder is not trained again."""
+    with ray_session(RunOptions(run=run.uri)):
+        plans = [plan_training(run, head.folder, head.loss, head.recipe, head.choices) for head in heads]
+    if processes == 1:
+        return list(map(_train, plans))
+    # Spawned: Ray and torch have started threads here, which a fork would not carry over.
+    spawn = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(processes, mp_context=spawn) as pool:
+        return list(pool.map(_train, plans))
+
+
+def _train(plan: Plan) -> dict:
+    torch.set_num_threads(1)
+    summary = train_classifier(plan)
+    last = {name: found for name, found in summary["curve"][-1].items() if isinstance(found, dict)}
+    shown = {name: {m: round(found[m], 4) for m in ("accuracy", "ece", "nll")} for name, found in last.items()}
+    print(plan.out, shown, flush=True)
+    return summary
 
 
 def predict_last(run: Run, folder: str, name: str) -> None:
     """Predictions of the last epoch's weights."""
     checkpoint = str(Path(folder).resolve() / "last")
     predict(run, load_classifier(checkpoint), name, checkpoint=checkpoint)
+
+
+def arrays(uri: str) -> tuple[np.ndarray, np.ndarray]:
+    """Embeddings (n, d) float32 and labels (n,) of a run, in memory."""
+    run, features, labels = Run.open(uri), [], []
+    for shard in range(len(run.shards)):
+        part = columns.read(uri, columns.EMBEDDINGS, shard, ["label", "embedding"])
+        features.append(columns.vectors(part["embedding"]).astype(np.float32))
+        labels.append(columns.labels_or_minus_one(part["label"]))
+    return np.concatenate(features), np.concatenate(labels)
 
 
 def spread(values: Sequence[float | None], scale: float = 100.0, digits: int = 2) -> str:

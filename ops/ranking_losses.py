@@ -81,7 +81,7 @@ def selective_aurc(
     targets: Array,
     csf: str = "msp",
     coverage: float = 0.75,
-    nu: float = 0.1,
+    nu: float = 0.3,
     edges: Array | None = None,
 ) -> Array:
     """Cross entropy weighted by a smoothed rank inside the low-confidence region: the AU loss.
@@ -95,7 +95,8 @@ def selective_aurc(
     coverage : float in (0, 1]
         Share of the batch treated as low-confidence; τ is this quantile of s. The paper's κ.
     nu : float > 0
-        Width of the sigmoid that smooths each bin's step, in units of s.
+        Width of the sigmoid that smooths each bin's step, in units of s. The weight's gradient, which lowers the
+        confidence of all samples below τ, grows as 1/ν: at 0.1 and less a new classifier hardly learns.
     edges : (M+1,) float, strictly increasing, optional
         Bin edges; 64 equal bins on [0, 1] by default. Bins are [lo, hi); a score outside counts in the nearest bin.
 
@@ -113,7 +114,8 @@ def selective_aurc(
     Zhou et al., eq. 19–23 and 36: Ĝ(s) = 1/n Σ_m h_m σ((s − c_m)/ν); β = −C ln(1 − Ĝ(min(s, τ))), C = 1/Ĝ(τ).
     The gradient flows through Ĝ(s) for s < τ, not through h, τ or C. The released code differs: no C, Ĝ clamped, a
     gradient through τ, one histogram for a whole epoch. −ln(1 − Ĝ) is computed without cancellation at either end.
-    Defaults: CIFAR-10's (App. E.2). O(nM + nK) time and memory.
+    Defaults: coverage is CIFAR-10's (App. E.2); its ν = 0.1 belongs to that code's softmax of softmax, whose largest
+    values lie in [1/K, e/(e + K − 1)], and is some 0.7 here. O(nM + nK) time and memory.
     """
     check_range("coverage", coverage, 0.0, 1.0, open_low=True)
     check_range("nu", nu, 0.0, math.inf, open_low=True)

@@ -213,3 +213,23 @@ def test_a_constant_added_to_a_row_of_logits_does_not_matter(name, drawn):
 def test_confidence_lies_in_the_unit_interval(drawn, csf):
     score = confidence_score(torch.tensor(drawn[0]).log_softmax(1), csf)
     assert score.min() >= -1e-12 and score.max() <= 1 + 1e-12
+
+
+def au_gradient_parts(nu):
+    """Norms of the gradient of AU's weighted cross entropy and of its weights, at a new classifier's logits."""
+    rng = np.random.default_rng(0)
+    logits = torch.from_numpy(0.3 * rng.standard_normal((512, 10))).requires_grad_()
+    targets = torch.from_numpy(rng.integers(0, 10, 512))
+    own = losses.cross_entropy(logits, targets)
+    value = losses.selective_aurc(logits, targets, **nu)
+    constant_weights = ((value / own).detach() * own).mean()
+    (full,) = torch.autograd.grad(value.mean(), logits, retain_graph=True)
+    (weighted,) = torch.autograd.grad(constant_weights, logits)
+    return float(weighted.norm()), float((full - weighted).norm())
+
+
+def test_selective_aurc_by_default_teaches_a_new_classifier_more_than_it_lowers_its_confidence():
+    weighted, of_weights = au_gradient_parts({})
+    assert of_weights < 0.8 * weighted
+    weighted, of_weights = au_gradient_parts({"nu": 0.05})
+    assert of_weights > 2 * weighted, "then it is the other way round, and it learns nothing"
