@@ -36,14 +36,22 @@ def cluster(tmp_path_factory):
              f"--temp-dir={folder}", "--dashboard-host=127.0.0.1"],
             env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=folder,
         )  # fmt: skip
-        for _ in range(120):
-            with socket.socket() as probe:
-                if probe.connect_ex(("127.0.0.1", dashboard)) == 0:
-                    break
-            time.sleep(1)
-        yield f"http://127.0.0.1:{dashboard}"
+        address = f"http://127.0.0.1:{dashboard}"
+        wait_until_jobs_are_taken(address)
+        yield address
         head.terminate()
         head.wait(timeout=60)
+
+
+def wait_until_jobs_are_taken(address):
+    """The agent that starts jobs comes up some time after the port is open; until then Ray answers 500."""
+    words = [BIN / "ray", "job", "submit", "--address", address, "--", "true"]
+    for _ in range(60):
+        done = subprocess.run(words, env=os.environ | TOKEN, capture_output=True, text=True, check=False, timeout=120)
+        if done.returncode == 0:
+            return
+        time.sleep(2)
+    raise AssertionError(done.stdout + done.stderr)
 
 
 def submit(cluster, *words):
