@@ -9,11 +9,12 @@ written once; a shard counts as done when its file in `embeddings/` is there, an
 """
 
 import dataclasses
+import itertools
 import json
 import time
 import warnings
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -27,7 +28,7 @@ from ops.encoders import Encoder, load_encoder
 from ops.images import ImageError, augment, decode_image
 from pipelines import columns, storage
 from pipelines.progress import Progress
-from pipelines.run import CorpusConfig, Run, StageFailed, fingerprint
+from pipelines.run import CorpusConfig, Run, StageFailed, fingerprints
 from pipelines.shards import LabelSource, Shard, read_shards, shard_digest
 from pipelines.tasks import in_order
 
@@ -218,7 +219,12 @@ def _read_part(path: str) -> pa.Table:
 
 def embedding_source(config: CorpusConfig, digest: str) -> str:
     """The source of a shard's embeddings: the config that matters to them and the shard's bytes."""
-    return fingerprint(columns.EMBEDDINGS, config.identity(), digest)
+    return embedding_sources(config)(digest)
+
+
+def embedding_sources(config: CorpusConfig) -> Callable[[str], str]:
+    """`embedding_source` as a function of the digest."""
+    return fingerprints(columns.EMBEDDINGS, config.identity())
 
 
 def pending_shards(run: Run) -> list[int]:
@@ -227,10 +233,10 @@ def pending_shards(run: Run) -> list[int]:
     Size and time of modification decide where they can; where only the time differs the bytes are hashed, once.
     """
     config, shards, verified = run.config, run.shards, run.record.setdefault("verified", {})
-    pending, doubtful = [], []
+    pending, doubtful, source_of = [], [], embedding_sources(config)
     facts = columns.all_facts(run.uri, columns.EMBEDDINGS, len(shards))
     for position, (shard, fact) in enumerate(zip(shards, facts)):
-        same = fact and fact["size"] == shard.size and fact["source"] == embedding_source(config, fact["digest"])
+        same = fact and fact["size"] == shard.size and fact["source"] == source_of(fact["digest"])
         if not same:
             pending.append(position)
         elif shard.mtime_ns not in (fact["mtime_ns"], verified.get(str(position))):
@@ -265,7 +271,7 @@ def embed(run: Run, resources: Resources, max_bad_fraction: float = 0.01) -> dic
     pending = pending_shards(run)
     progress = Progress("embed", len(pending), skipped=len(run.shards) - len(pending))
     seconds = dict.fromkeys(STEPS, 0.0)
-    for counts, spent in _embed_shards(run, pending, resources):
+    for counts, spent in embed_shards(run, pending, resources):
         for step, value in spent.items():
             seconds[step] += value
         progress.shard(counts["rows"], counts["left_out"])
@@ -273,17 +279,23 @@ def embed(run: Run, resources: Resources, max_bad_fraction: float = 0.01) -> dic
     return _finish(run, pending, seconds, time.monotonic() - started, max_bad_fraction, resources)
 
 
-def _embed_shards(run: Run, pending: list[int], resources: Resources) -> Iterator[tuple[dict, dict[str, float]]]:
-    """Yield (counts, seconds by step) of each shard as its files are in place."""
+def embed_shards(
+    run: Run, pending: list[int], resources: Resources, noted: Callable[[int], None] = lambda rows: None
+) -> Iterator[tuple[dict, dict[str, float]]]:
+    """Yield (counts, seconds by step) of each shard as its files are in place; `noted(rows)` is told of each block."""
     if not pending:
         return
     config, shards = run.config, run.shards
     commit = ray.remote(commit_shard).options(num_cpus=0.25, max_retries=3)
     parts: dict[int, dict[int, dict]] = {}
     commits: dict = {}
-    for note in _notes(run, pending, resources):
+    starts = range(0, len(pending), SHARDS_AT_ONCE)
+    for note in itertools.chain.from_iterable(
+        _notes(run, pending[start : start + SHARDS_AT_ONCE], resources) for start in starts
+    ):
         position = note["shard"]
         parts.setdefault(position, {})[note["first"]] = note
+        noted(note["rows"] - (note["end"] is not None))
         notes = [parts[position][first] for first in sorted(parts[position])]
         # Blocks of a shard may arrive out of order: it is whole when its last row is there and all before it.
         if notes[-1]["end"] and sum(n["rows"] for n in notes) == notes[-1]["first"] + notes[-1]["rows"]:

@@ -1,7 +1,7 @@
 """Fit: embeddings -> the class-conditional and class-agnostic Gaussians of a run, and the reference its weights refer to.
 
-Each shard is one idempotent task that returns its sums; the driver adds them in shard order, so that the result does not
-depend on the number of workers, down to the last bit.
+Idempotent tasks return the sums of a shard, of several in a run of more than 1,024; the driver adds them in shard order,
+so that the result does not depend on the number of workers, down to the last bit.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ from ops.gaussian import Gaussians, GaussianStats
 from pipelines import columns, storage
 from pipelines.progress import Progress
 from pipelines.run import Run, fingerprint
-from pipelines.tasks import in_order
+from pipelines.tasks import in_order, merged_parts
 
 GAUSSIANS = "gaussians.npz"
 
@@ -112,16 +112,18 @@ def fit(run: Run, shrinkage: str | float = "auto", device: str = "cpu") -> dict:
     pilot = _pilot_mean(run, shards[0][0])
     stats = GaussianStats(num_classes, run.config.width, pilot=pilot)
     progress = Progress("fit", len(shards))
-    for part in in_order(shard_statistics, shards, run.uri, num_classes, views, pilot, device, num_gpus=gpus):
+    shared = (run.uri, num_classes, views, pilot, device)
+    for part, done in merged_parts(shard_statistics, shards, *shared, merge=GaussianStats.merge, num_gpus=gpus):
         stats = stats.merge(part)
-        progress.shard(part.count // views)
+        progress.shard(part.count // views, shards=done)
     expected = sum(f["rows"] for f in facts) * views
     assert stats.count == expected, f"fit counted {stats.count} embeddings of {expected}"
     gaussians = dataclasses.replace(stats.fit(shrinkage), class_names=tuple(run.classes))
     if num_classes:
         sums = ReferenceSums()
         _ready(gaussians)
-        for part in in_order(shard_reference, shards, run.uri, gaussians, device, num_gpus=gpus):
+        shared = (run.uri, gaussians, device)
+        for part, _ in merged_parts(shard_reference, shards, *shared, merge=ReferenceSums.add, num_gpus=gpus):
             sums = sums.add(part)
         gaussians = dataclasses.replace(gaussians, reference=sums.reference())
     save_gaussians(run, gaussians)

@@ -17,11 +17,12 @@ class Progress:
         if skipped:
             self._say(f"{stage}: {skipped} of {skipped + total} shards already done, skipped\n")
 
-    def shard(self, rows: int, left_out: int = 0) -> None:
-        """One more shard is finished, with this many rows and samples left out."""
-        self.done, self.rows, self.left_out = self.done + 1, self.rows + rows, self.left_out + left_out
+    def shard(self, rows: int, left_out: int = 0, shards: int = 1) -> None:
+        """One more shard (or several) is finished, with this many rows and samples left out."""
+        before = self.done // self.every
+        self.done, self.rows, self.left_out = self.done + shards, self.rows + rows, self.left_out + left_out
         terminal = sys.stderr.isatty()
-        if terminal or self.done == self.total or self.done % self.every == 0:
+        if terminal or self.done == self.total or self.done // self.every > before:
             end = "\n" if not terminal or self.done == self.total else ""
             self._say(("\r\x1b[K" if terminal else "") + self.line() + end)
 

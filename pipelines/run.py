@@ -8,7 +8,7 @@ import hashlib
 import importlib.metadata
 import json
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -31,6 +31,18 @@ class StageFailed(RuntimeError):
 def fingerprint(*parts: Any) -> str:
     """A short hash of JSON-able values: the `source` of a file, made of the config and inputs that matter to it."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def fingerprints(*parts: Any) -> Callable[[Any], str]:
+    """`fingerprint(*parts, last)` as a function of `last`, for a million of these: the other parts are hashed once."""
+    beginning = hashlib.sha256(json.dumps(parts, sort_keys=True)[:-1].encode())
+
+    def of(last: Any) -> str:
+        state = beginning.copy()
+        state.update(f", {json.dumps(last, sort_keys=True)}]".encode())
+        return state.hexdigest()[:32]
+
+    return of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +71,7 @@ class Run:
 
     def __init__(self, uri: str, record: dict[str, Any]):
         self.uri, self.record = storage.absolute(uri), record
+        self._shards: tuple[list | None, list[Shard]] = (None, [])
 
     @classmethod
     def open(cls, uri: str) -> "Run":
@@ -141,8 +154,12 @@ class Run:
 
     @property
     def shards(self) -> list[Shard]:
-        """The run's shards; a shard's position here is its number in every column group."""
-        return [Shard(**record) for record in self.record["shards"]]
+        """The run's shards; a shard's position here is its number in every column group. Not to be changed."""
+        made_of, shards = self._shards
+        if made_of is not self.record["shards"]:
+            shards = [Shard(**record) for record in self.record["shards"]]
+            self._shards = (self.record["shards"], shards)
+        return shards
 
     @property
     def classes(self) -> list[str]:
@@ -191,8 +208,9 @@ class Run:
     def save(self) -> None:
         """Write run.json, whole or not at all."""
         self.record["versions"] = library_versions()
-        text = json.dumps(self.record, indent=1, ensure_ascii=False)
-        storage.write_text_atomic(self.path(RECORD), text + "\n")
+        with storage.write_atomic(self.path(RECORD)) as file:
+            for piece in _encoded(self.record):
+                file.write(piece.encode())
 
     def embedding_facts(self) -> list[dict[str, Any]]:
         """What each shard's embeddings file says of itself. ValueError if a shard has none yet."""
@@ -203,6 +221,17 @@ class Run:
                 f"--run {self.uri}: {pending} of {len(found)} shards are not embedded yet; run hardset embed first"
             )
         return found
+
+
+def _encoded(record: dict[str, Any]) -> Iterator[str]:
+    """run.json in pieces: a line per shard, so that a million of them are quick to write and to read by eye."""
+    shards = record["shards"]
+    rest = json.dumps({name: value for name, value in record.items() if name != "shards"}, indent=1, ensure_ascii=False)
+    encode = json.JSONEncoder(ensure_ascii=False).encode
+    yield rest.removesuffix("\n}") + ',\n "shards": ['
+    for start in range(0, len(shards), 1000):
+        yield (",\n" if start else "\n") + ",\n".join("  " + encode(shard) for shard in shards[start : start + 1000])
+    yield "\n ]\n}\n"
 
 
 def library_versions() -> dict[str, str]:

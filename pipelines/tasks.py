@@ -4,13 +4,15 @@ Used where a stage's input is one Parquet file per shard and its output small: c
 than Ray Data's aggregations there, and a lost task is simply run again, so nothing is ever counted twice.
 """
 
+import functools
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import ray
 
 WINDOW = 4  # tasks in flight per core: enough to hide scheduling, few enough to bound what waits in memory
+PARTS = 1024  # sums that come to the driver: at d = 768 each is 4.7 MB and takes it some 5 ms
 
 
 def in_order(
@@ -35,3 +37,29 @@ def in_order(
             yield ray.get(waiting.popleft())
     while waiting:
         yield ray.get(waiting.popleft())
+
+
+def merged_parts(
+    function: Callable[..., Any],
+    items: Sequence[tuple],
+    *shared: Any,
+    merge: Callable[[Any, Any], Any],
+    parts: int = PARTS,
+    **resources: float,
+) -> Iterator[tuple[Any, int]]:
+    """Like `in_order`, for results that add up: yields at most `parts` sums, and how many items are in each.
+
+    Consecutive items share a task that merges their results where they were computed. Which ones depends on the number
+    of items alone, so the number of workers changes no bit of the whole.
+    """
+    size = max(1, -(-len(items) // parts))
+    groups = [(items[start : start + size],) for start in range(0, len(items), size)]
+    for (group,), part in zip(groups, in_order(_merged, groups, function, merge, *shared, **resources)):
+        yield part, len(group)
+
+
+def _merged(
+    group: Sequence[tuple], function: Callable[..., Any], merge: Callable[[Any, Any], Any], *shared: Any
+) -> Any:
+    """Ray task: the sum of a function over a group of items."""
+    return functools.reduce(merge, (function(*item, *shared) for item in group))
