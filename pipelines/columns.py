@@ -22,7 +22,23 @@ from pipelines import storage
 EMBEDDINGS, DIFFICULTY, QUARANTINE = "embeddings", "difficulty", "quarantine"
 KEYS = (pa.field("key", pa.string()), pa.field("shard", pa.int32()), pa.field("row", pa.int64()))
 LABEL = pa.field("label", pa.int64())
-METADATA = b"hardset"  # the one key of ours in a file's schema metadata: JSON with `source` and the counts
+'METADATA = b"hardset"  # the one key of ours in a file's schema metadata: JSON with `source` and the counts
+FOOTER_THREADS = 32  # each footer is a round trip or two on an object store
+SETTLED_S = 5.0  # a file younger than this may be replaced within the resolution of its time of modification
+
+_SHARD_FILE = re.compile(r"(\d{6,})\.parquet")
+
+
+class _Known(NamedTuple):
+    """The metadata of a file as it was read, and the file's state then."""
+
+    size: int
+    mtime_ns: int
+    text: bytes
+
+
+# By group (URI), then by shard: what this process has read of footers. See `all_facts`.
+_known: dict[str, dict[int, _Known]] = {}
 
 
 def score_field(name: str, meaning: str, higher: str) -> pa.Field:
