@@ -33,6 +33,7 @@ from pipelines.shards import LabelSource, Shard, read_shards, shard_digest
 from pipelines.tasks import in_order
 
 DECODERS = {"cpu": 1, "cuda": 4}  # threads per actor
+SHARDS_AT_ONCE = 20_000  # per Ray dataset, which holds about 3 KB in the driver for each (benchmarks/scale.md)
 PIXELS_AT_ONCE = 1 << 26  # of decoded pictures per thread: 192 MiB
 STEPS = ("read", "decode", "transfer", "model", "write")  # where the seconds of embedding go
 PART_NOTE = pa.schema(
@@ -294,8 +295,8 @@ def embed_shards(
         _notes(run, pending[start : start + SHARDS_AT_ONCE], resources) for start in starts
     ):
         position = note["shard"]
-        parts.setdefault(position, {})[note["first"]] = note
         noted(note["rows"] - (note["end"] is not None))
+        parts.setdefault(position, {})[note["first"]] = note
         notes = [parts[position][first] for first in sorted(parts[position])]
         # Blocks of a shard may arrive out of order: it is whole when its last row is there and all before it.
         if notes[-1]["end"] and sum(n["rows"] for n in notes) == notes[-1]["first"] + notes[-1]["rows"]:
