@@ -22,7 +22,7 @@ from pipelines import storage
 EMBEDDINGS, DIFFICULTY, QUARANTINE = "embeddings", "difficulty", "quarantine"
 KEYS = (pa.field("key", pa.string()), pa.field("shard", pa.int32()), pa.field("row", pa.int64()))
 LABEL = pa.field("label", pa.int64())
-'METADATA = b"hardset"  # the one key of ours in a file's schema metadata: JSON with `source` and the counts
+METADATA = b"hardset"  # the one key of ours in a file's schema metadata: JSON with `source` and the counts
 FOOTER_THREADS = 32  # each footer is a round trip or two on an object store
 SETTLED_S = 5.0  # a file younger than this may be replaced within the resolution of its time of modification
 
@@ -59,7 +59,10 @@ DIFFICULTY_SCHEMA = pa.schema(
     [
         *KEYS,
         LABEL,
-        *(score_field(f"difficulty.{name}") for name in ("md", "md_agn", "rmd", "weight")),
+        score_field("md", "squared Mahalanobis distance to the labelled class", "harder"),
+        score_field("md_agn", "squared Mahalanobis distance to the class-agnostic Gaussian", "harder"),
+        score_field("rmd", "md - md_agn; without a label, of the nearest class", "harder"),
+        score_field("weight", "eq. 10 of Cui et al. 2023, in [0, 1]", "harder"),
         pa.field("nearest_class", pa.int64()),
         score_field("nearest_md", "squared Mahalanobis distance to the nearest class", "harder"),
         score_field(
@@ -67,7 +70,7 @@ DIFFICULTY_SCHEMA = pa.schema(
         ),
     ]
 )
-KMEANS = score_field("difficulty.kmeans")
+KMEANS = score_field("kmeans", "Euclidean distance to the nearest k-means centre", "harder")
 
 QUARANTINE_SCHEMA = pa.schema(
     [
@@ -96,6 +99,12 @@ def write(run_uri: str, group: str, shard: int, table: pa.Table, source: str, **
 def facts(run_uri: str, group: str, shard: int) -> dict[str, Any] | None:
     """What a shard's file says of itself (`source`, `rows`, …), or None where there is no readable file."""
     filesystem, path = storage.open_filesystem(storage.join(run_uri, file_name(group, shard)))
+    text = _footer(filesystem, path)
+    return json.loads(text) if text else None
+
+
+def _footer(filesystem: pafs.FileSystem, path: str) -> bytes:
+    """Our part of a file's schema metadata, empty where there is none or no readable file."""
     try:
         return (pq.read_schema(path, filesystem=filesystem).metadata or {}).get(METADATA, b"")
     except (FileNotFoundError, pa.ArrowInvalid):
@@ -227,12 +236,6 @@ def check_fresh(group: str, shard: int, embeddings_source: str | None, found: di
         raise ValueError(f"{group}/: shard {shard} was embedded again since; run the stage that writes {group}/ first")
 
 
-    text = _footer(filesystem, path)
-    return json.loads(text) if text else None
-
-
-def _footer(filesystem: pafs.FileSystem, path: str) -> bytes:
-    """Our part of a file's schema metadata, empty where there is none or no readable file."""
 def _read_named(run_uri: str, group: str, shard: int, names: list[str]) -> pa.Table:
     try:
         there = schema(run_uri, group, shard).names
