@@ -18,7 +18,7 @@ import torch
 from scipy.special import softmax
 from torch import Tensor, nn
 
-from benchmarks.heads import arrays, replace_section, spread, table
+from benchmarks.heads import arrays, encoder_of, replace_section, spread, table
 from ops.calibration import TemperatureScaling, expected_calibration_error, negative_log_likelihood
 from ops.losses import cross_entropy, selective_aurc
 from pipelines.run import Run
@@ -82,7 +82,7 @@ def main() -> None:
     asked = parser.parse_args()
     torch.set_num_threads(1)
     train, test = standardised(arrays(asked.train), arrays(asked.test))
-    text = f"{datetime.date.today()}, mlp:512 on {Run.open(asked.test).config.encoder}, {asked.samples:,} training and "
+    text = f"{datetime.date.today()}, mlp:512 on {encoder_of(Run.open(asked.test))}, {asked.samples:,} training and "
     text += f"{len(test[1]):,} test samples, {asked.epochs} epochs, cosine, batch 128, AdamW 1e-3 or SGD 0.05 with momentum "
     text += (
         f"0.9, weight decay 5e-4, {asked.seeds} seeds\n\n"

@@ -13,7 +13,7 @@ import datetime
 import json
 from pathlib import Path
 
-from benchmarks.heads import Head, predict_last, replace_section, spread, table, train_heads
+from benchmarks.heads import Head, encoder_of, predict_last, replace_section, spread, table, train_heads
 from jobs.options import RunOptions
 from jobs.session import ray_session
 from pipelines.calibrate import METHODS, MetaTargets
@@ -103,7 +103,7 @@ def report(asked: argparse.Namespace, record: dict, chosen: dict[str, dict], tes
         + [spread(over_seeds(loss, "", m), 1 if m == "nll" else 100, 3 if m == "nll" else 2) for m in METRICS]
         for loss in names
     ]
-    text = f"{datetime.date.today()}, {asked.model} on {Run.open(asked.train).config.encoder}, {asked.epochs} epochs, "
+    text = f"{datetime.date.today()}, {asked.model} on {encoder_of(Run.open(asked.train))}, {asked.epochs} epochs, "
     text += (
         f"{asked.seeds} seeds, {record['cross_entropy-0']['samples']:,} test samples; in percent but for NLL (nats)\n\n"
     )

@@ -2,21 +2,22 @@
 
 python -m benchmarks.evidence_corruption --train RUN --shards 'DIR/test-000000.tar' --out FOLDER
 
-All corruptions of the four families at five severities become one run, a shard each, embedded as --train was and scored
-with its Gaussians. Heads trained with CE and with difficulty-aware entropy (Cui et al. 2023, eq. 9), three seeds. --train
-must be scored (hardset curate).
+The corruptions at five severities become one run, a shard each, embedded as --train was and scored with its Gaussians.
+Heads trained with CE and with difficulty-aware entropy (Cui et al. 2023, eq. 9), three seeds. --train must be scored (hardset curate).
 """
 
 import argparse
+import dataclasses
 import datetime
 import json
 import re
 from pathlib import Path
 
 import numpy as np
+from matplotlib.figure import Figure
 from scipy.stats import spearmanr
 
-from benchmarks.heads import Head, predict_last, replace_section, spread, table, train_heads
+from benchmarks.heads import Head, encoder_of, predict_last, replace_section, spread, table, train_heads
 from jobs.embed import main as embed
 from jobs.options import RunOptions
 from jobs.score import main as score
@@ -43,47 +44,52 @@ def main() -> None:
     parser.add_argument("--shards", required=True, help="labelled shards to corrupt, few thousand images at most")
     parser.add_argument("--out", required=True, type=Path)
     parser.add_argument("--report", type=Path, default=Path("benchmarks/corruption.md"))
+    parser.add_argument("--picture", type=Path, default=Path("docs/corruption.png"))
     parser.add_argument("--kinds", nargs="+", default=["all"])
     parser.add_argument("--model", default="mlp:512")
     parser.add_argument("--epochs", type=int, default=15)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--ray-cpus", type=int)
-    asked = parser.parse_args()
-    with ray_session(RunOptions(run=asked.train, ray_cpus=asked.ray_cpus)):
-        measure(asked)
+    parser.add_argument("--processes", type=int, default=1, help="heads trained at a time")
+    measure(parser.parse_args())
 
 
 def measure(asked: argparse.Namespace) -> None:
     run = Run.open(asked.train)
+    heads = {name: heads_of(asked, name) for name in LOSSES}
+    train_heads(run, [head for of_loss in heads.values() for head in of_loss], asked.processes)
+    with ray_session(RunOptions(run=asked.train)):
+        corrupted = corrupted_run(asked, run)
+        found = {name: per_shard(corrupted, of_loss) for name, of_loss in heads.items()}
+    severity = np.array([severity_of(shard.url) for shard in corrupted.shards])
+    rmd = np.array([mean_rmd(corrupted, shard) for shard in range(len(corrupted.shards))])
+    (asked.out / "results.json").write_text(json.dumps({"severity": severity.tolist(), "rmd": rmd.tolist(), **found}))
+    asked.picture.write_bytes(figures.png(draw(severity, rmd, found), dpi=80))
+    replace_section(asked.report, "tables", report(asked, corrupted, severity, rmd, found))
+
+
+def corrupted_run(asked: argparse.Namespace, run: Run) -> Run:
+    """A run whose first shard is clean, which counts as severity 0, and whose others are its corruptions."""
     counts = corrupt_shards(expand_shards(asked.shards), str(asked.out / "shards"), asked.kinds)
-    # The clean shards first: severity 0.
     spec = "::".join([asked.shards, *counts["folders"]])
     words = ["--shards", spec, "--run", str(asked.out / "run"), "--encoder", run.config.encoder, "--mlflow", "none"]
     words += ["--label", run.config.label]
     assert embed(words) == 0, "embedding the corrupted shards failed"
     assert score([*words, "--gaussians", run.uri]) == 0, "scoring the corrupted shards failed"
-    corrupted = Run.open(str(asked.out / "run"))
-    found = {name: per_shard(asked, run, corrupted, name) for name in LOSSES}
-    severity = np.array([severity_of(shard.url) for shard in corrupted.shards])
-    rmd = np.array([mean_rmd(corrupted, shard) for shard in range(len(corrupted.shards))])
-    (asked.out / "results.json").write_text(json.dumps({"severity": severity.tolist(), "rmd": rmd.tolist(), **found}))
-    draw(asked, severity, rmd, found)
-    replace_section(asked.report, "tables", report(asked, run, severity, rmd, found))
+    return Run.open(str(asked.out / "run"))
 
 
-def per_shard(asked: argparse.Namespace, run: Run, corrupted: Run, name: str) -> dict[str, list[list[float]]]:
-    """Accuracy and ECE of every shard, a list per seed."""
+def heads_of(asked: argparse.Namespace, name: str) -> list[Head]:
     loss, weights = LOSSES[name]
-    heads = [
-        Head(
-            str(asked.out / "heads" / f"{loss.name}-{seed}"),
-            loss,
-            Recipe(epochs=asked.epochs, seed=seed, schedule="cosine"),
-            Choices(model=asked.model, holdout=0.02, weights=weights),
-        )
+    recipe = Recipe(epochs=asked.epochs, schedule="cosine", weight_decay=5e-4)
+    chosen = Choices(model=asked.model, holdout=0.02, weights=weights)
+    return [
+        Head(str(asked.out / "heads" / f"{loss.name}-{seed}"), loss, dataclasses.replace(recipe, seed=seed), chosen)
         for seed in range(asked.seeds)
     ]
-    train_heads(run, heads)
+
+
+def per_shard(corrupted: Run, heads: list[Head]) -> dict[str, list[list[float]]]:
+    """Accuracy and ECE of every shard, a list per seed."""
     found: dict[str, list[list[float]]] = {"accuracy": [], "ece": []}
     for head in heads:
         label = Path(head.folder).name
@@ -105,22 +111,21 @@ def mean_rmd(run: Run, shard: int) -> float:
     return float(columns.read(run.uri, columns.DIFFICULTY, shard, ["rmd"])["rmd"].to_numpy().mean())
 
 
-def draw(asked: argparse.Namespace, severity: np.ndarray, rmd: np.ndarray, found: dict) -> None:
+def draw(severity: np.ndarray, rmd: np.ndarray, found: dict) -> Figure:
+    """Accuracy, ECE and mean rmd by severity, a box over the kinds of corruption each."""
+    figure = Figure(figsize=(12, 3.6), layout="constrained")
     shown = sorted(set(severity.tolist()))
-    for metric in ("accuracy", "ece"):
-        values = {
-            name: [100 * np.mean(by_seed[metric], axis=0)[severity == s] for s in shown]
-            for name, by_seed in found.items()
-        }
-        figure = figures.box_plots(values, [str(s) for s in shown], "severity (0: clean)", f"{metric}, %")
-        (asked.out / f"{metric}-by-severity.png").write_bytes(figures.png(figure))
-    figure = figures.box_plots(
-        {"mean rmd": [rmd[severity == s] for s in shown]}, [str(s) for s in shown], "severity", "rmd"
-    )
-    (asked.out / "rmd-by-severity.png").write_bytes(figures.png(figure))
+    panels = {
+        f"{label}, %": {name: 100 * np.mean(by_seed[metric], axis=0) for name, by_seed in found.items()}
+        for metric, label in (("accuracy", "accuracy"), ("ece", "ECE"))
+    }
+    for axes, (label, values) in zip(figure.subplots(1, 3), (panels | {"mean rmd": {"rmd": rmd}}).items()):
+        boxes = {name: [of_shard[severity == s] for s in shown] for name, of_shard in values.items()}
+        figures.draw_boxes(axes, boxes, [str(s) for s in shown], "severity (0: clean)", label)
+    return figure
 
 
-def report(asked: argparse.Namespace, run: Run, severity: np.ndarray, rmd: np.ndarray, found: dict) -> str:
+def report(asked: argparse.Namespace, corrupted: Run, severity: np.ndarray, rmd: np.ndarray, found: dict) -> str:
     rows = []
     for s in sorted(set(severity.tolist())):
         mine = severity == s
@@ -132,7 +137,9 @@ def report(asked: argparse.Namespace, run: Run, severity: np.ndarray, rmd: np.nd
         rows.append([str(s), str(int(mine.sum())), *cells, f"{rmd[mine].mean():.1f}"])
     header = ["severity", "shards", *(f"{m}, {name}" for name in found for m in ("accuracy", "ECE")), "mean rmd"]
     error = 1 - np.mean(found["CE"]["accuracy"], axis=0)
-    text = f"{datetime.date.today()}, {asked.model} on {run.config.encoder}, {asked.seeds} seeds; in percent but for rmd\n\n"
+    images = corrupted.embedding_facts()[0]["rows"]
+    text = f"{datetime.date.today()}, {asked.model} on {encoder_of(corrupted)}, {asked.epochs} epochs, {asked.seeds} seeds, "
+    text += f"{images:,} images a shard, a shard a kind and severity; means over the kinds, in percent but for rmd\n\n"
     return (
         text
         + table(header, rows)

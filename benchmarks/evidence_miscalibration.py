@@ -16,7 +16,7 @@ import torch
 from scipy.special import softmax
 from torch import nn
 
-from benchmarks.heads import arrays, replace_section, spread, table
+from benchmarks.heads import arrays, encoder_of, replace_section, spread, table
 from ops.calibration import (
     TemperatureScaling,
     expected_calibration_error,
@@ -60,7 +60,9 @@ def main() -> None:
     (asked.out / "results.json").write_text(json.dumps(found, indent=1))
     epochs = [[str(e + 1), *cells([curve[e] for curve, _ in curves])] for e in epochs_shown(asked.epochs)]
     head = ["accuracy", "train accuracy", "ECE", "NLL", "T", "ECE after", "NLL after"]
-    text = f"{datetime.date.today()}, {Run.open(asked.test).config.encoder}; base {BASE}, SGD 0.05, momentum 0.9, batch 128, "
+    text = (
+        f"{datetime.date.today()}, {encoder_of(Run.open(asked.test))}; base {BASE}, SGD 0.05, momentum 0.9, batch 128, "
+    )
     text += f"cosine, {asked.epochs} epochs; in percent but for NLL (nats) and T\n\n"
     text += table(["what", "value", *head], rows) + "\nthe base over epochs, three seeds\n\n"
     replace_section(asked.report, "tables", text + table(["epoch", *head], epochs))

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.heads import Head, predict_last, replace_section, spread, table, train_heads
+from benchmarks.heads import Head, encoder_of, predict_last, replace_section, spread, table, train_heads
 from jobs.options import RunOptions
 from jobs.session import ray_session
 from ops.models import load_classifier
@@ -57,10 +57,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--classifiers", nargs="+", default=["linear", "mlp:512"])
     parser.add_argument("--alpha-neg", type=float, default=3.0)
-    parser.add_argument("--ray-cpus", type=int)
-    asked = parser.parse_args()
-    with ray_session(RunOptions(run=asked.test, ray_cpus=asked.ray_cpus)):
-        measure(asked)
+    parser.add_argument("--processes", type=int, default=1, help="classifiers trained at a time")
+    measure(parser.parse_args())
 
 
 def oracles(asked: argparse.Namespace, seed: int) -> dict[str, Training]:
@@ -84,14 +82,16 @@ def measure(asked: argparse.Namespace) -> None:
     train_heads(
         places["its own training run"],
         [Head(folder, LossChoice(), recipe, Choices(model=m, holdout=0.02)) for m, folder in folders.items()],
+        asked.processes,
     )
-    text = f"{datetime.date.today()}, heads on {test.config.encoder}, oracles mlp:256 on the same embeddings, {asked.epochs} "
+    text = (
+        f"{datetime.date.today()}, heads on {encoder_of(test)}, oracles mlp:256 on the same embeddings, {asked.epochs} "
+    )
     text += f"epochs, {asked.seeds} seeds, signed distance, alpha_pos 1, alpha_neg {asked.alpha_neg:g}; in percent but for kl "
     text += "and bhattacharyya; AUPR-error higher is better, as its score is negated\n"
     everything = {}
     for model, folder in folders.items():
         name = Path(folder).name
-        predict_last(test, folder, name)
         rows, record = rows_of(asked, test, places, folder, name)
         everything[name] = record
         text += f"\nclassifier {model}, accuracy on the test run {100 * record[name]['accuracy']:.2f} %\n\n"
@@ -104,12 +104,15 @@ def rows_of(asked: argparse.Namespace, test: Run, places: dict[str, Run], folder
     """The rows of one classifier's table, and all its numbers."""
     classifier, sets, errors = load_classifier(Path(folder) / "last"), {}, {}
     for number, (place, run) in enumerate(places.items()):
-        for seed in range(asked.seeds):
-            for loss, training in oracles(asked, seed).items():
-                label = f"{name}-{number}-{loss.replace(', ', '-').replace(' ', '-')}-{seed}"
-                entry = trust(run, classifier, label, training, [test])
-                sets[(place, loss, seed)], errors[place] = label, entry["errors"] / entry["samples"]
-    answer = side_by_side(test, Question((name,), trust=tuple(sets.values()), bootstrap=0))
+        with ray_session(RunOptions(run=asked.test)):
+            for seed in range(asked.seeds):
+                for loss, training in oracles(asked, seed).items():
+                    label = f"{name}-{number}-{loss.replace(', ', '-').replace(' ', '-')}-{seed}"
+                    entry = trust(run, classifier, label, training, [test])
+                    sets[(place, loss, seed)], errors[place] = label, entry["errors"] / entry["samples"]
+    with ray_session(RunOptions(run=asked.test)):
+        predict_last(test, folder, name)
+        answer = side_by_side(test, Question((name,), trust=tuple(sets.values()), bootstrap=0))
     shown = [f"{label}-trust-histogram" for (_, _, seed), label in sets.items() if seed == 0]
     store_figures(test, {k: v for k, v in draw(answer).items() if k in (*shown, f"{name}-histogram")})
     msp = answer.record[name]["selective"]["msp"]

@@ -1,15 +1,24 @@
-"""Which loss calibrates best on noisy labels, and is it the difficulty or the strength? One table, seeds × losses.
+"""Which loss calibrates best, and is it the difficulty or the strength of it? Do groups help the hard half? Seeds × lines.
 
-    python benchmarks/evidence_training.py --run RUN --eval-run RUN2 [--seeds 3] [--epochs 20]
+    python benchmarks/evidence_training.py --run RUN --eval-run RUN2 [--seeds 3] [--epochs 20] [--model mlp:256] [--only REGEX]
 
-RUN: embeddings with difficulty/; RUN2: the test set's by the same encoder. One process trains all: Ray only plans.
+RUN: embeddings with difficulty/; RUN2: the test set's, by the same encoder (images, with --input images: by any).
+--groups COLUMN:EDGE or COLUMN:q2   two groups whose errors each line tells, and which the last lines train on
+--only REGEX                        the lines whose name it is found in
+--plan FILE                         the plan is kept there, or taken from there: then no Ray is started
+
+One process trains all, with the recipes of `hardset train`. Nothing is selected on RUN2: the numbers are those after the last
+epoch, the only one that is evaluated.
 """
 
 import argparse
 import dataclasses
 import os
+import pickle
+import re
 import tempfile
 import time
+from pathlib import Path
 
 os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
 
@@ -20,35 +29,55 @@ from ops.difficulty import difficulty_weight, kmeans_difficulty
 from pipelines import columns
 from pipelines.groups import GroupRule, Resampling
 from pipelines.loop import Plan, Recipe, Training, Workplace
-from pipelines.objective import Grouping, LossChoice
+from pipelines.objective import LossChoice
 from pipelines.run import Run
 from pipelines.train import Choices, plan_training
 
 WEIGHT = "difficulty.weight"
+RECIPES = {
+    "embeddings": Recipe(),
+    "images": Recipe(30, optimizer="sgd", lr=0.1, weight_decay=5e-4, schedule="one_cycle", augment="crop_flip"),
+}
 ALPHA = 0.3
+PLAIN = ("cross_entropy", "label_smoothing", "focal", "l1_norm", "poly1", "correctness_ranking")
+# Weights whose mean strength plain entropy regularisation is given too; only a gain over that is one by difficulty.
+MATCHED = ("per_dim", "per_dim, T 0.2", "minmax")
+COLUMNS = ("accuracy %", "ECE %", "ECE (mass) %", "NLL", "easy error %", "hard error %")
 
 
-def rows(weights: dict[str, np.ndarray], plan: Plan) -> list[tuple[str, LossChoice, str | None, dict]]:
-    """(name, loss, weights, changes to the plan) of each line of the table."""
-    er, der, ce = "entropy_regularized", "difficulty_entropy", LossChoice()
-    mean = float(weights["per_dim"].mean())
-    plain = ("cross_entropy", "label_smoothing", "focal", "l1_norm", "poly1", "correctness_ranking")
-    lines = [(name, LossChoice(name), None, {}) for name in plain]
-    lines.append((f"entropy_regularized α {ALPHA}", LossChoice(er, {"alpha": ALPHA}), None, {}))
-    strength = round(ALPHA * mean, 3)
-    lines.append((f"entropy_regularized α {strength} = {ALPHA} · mean", LossChoice(er, {"alpha": strength}), None, {}))
-    for name, weight in weights.items():
-        label = f"difficulty_entropy α {ALPHA}, {name} (mean {weight.mean():.3f})"
-        lines.append((label, LossChoice(der, {"alpha": ALPHA}), name, {}))
-    for method in ("erm", "reweight", "dro"):
-        grouping = dataclasses.replace(plan.grouping, method=method)
-        lines.append((f"two groups: {method}", ce, None, {"grouping": grouping}))
-    for factor in (2, 4):
-        resampling = Resampling(plan.grouping.rule, (1, factor))
-        lines.append((f"two groups: hard × {factor}", ce, None, {"resampling": resampling, "factor": factor}))
-    for alpha in (0.1, 0.2, 0.4, 0.5):
-        lines.append((f"difficulty_entropy α {alpha}, per_dim", LossChoice(der, {"alpha": alpha}), "per_dim", {}))
-    return lines
+@dataclasses.dataclass(frozen=True)
+class Line:
+    """A line of the table: a loss with weights by name, what is done with the two groups, how often the hard one comes."""
+
+    name: str
+    loss: LossChoice = dataclasses.field(default_factory=LossChoice)
+    weight: str | None = None
+    method: str = "erm"
+    hard: int = 1
+
+
+def lines(weights: dict[str, np.ndarray]) -> list[Line]:
+    """All lines of the table."""
+    found = [Line(name, LossChoice(name)) for name in PLAIN]
+    found.append(_entropy(ALPHA))
+    for name in MATCHED:
+        found.append(_entropy(float(ALPHA * weights[name].mean()), f" = {ALPHA} · mean of {name}"))
+    found += [_difficulty(ALPHA, name, f" (mean {weight.mean():.3f})") for name, weight in weights.items()]
+    found += [Line(f"two groups: {method}", method=method) for method in ("erm", "reweight", "dro")]
+    found += [Line(f"two groups: hard × {factor}", hard=factor) for factor in (2, 4)]
+    for alpha in (0.05, 0.1, 0.2, 0.4):
+        found += [_entropy(alpha), _difficulty(alpha, "per_dim"), _difficulty(alpha, "minmax")]
+    return found
+
+
+def _entropy(alpha: float, why: str = "") -> Line:
+    return Line(f"entropy_regularized α {alpha:.3g}{why}", LossChoice("entropy_regularized", {"alpha": alpha}))
+
+
+def _difficulty(alpha: float, weight: str, more: str = "") -> Line:
+    return Line(
+        f"difficulty_entropy α {alpha}, {weight}{more}", LossChoice("difficulty_entropy", {"alpha": alpha}), weight
+    )
 
 
 def weights_of(run: Run, seed: int = 0) -> dict[str, np.ndarray]:
@@ -57,24 +86,66 @@ def weights_of(run: Run, seed: int = 0) -> dict[str, np.ndarray]:
     rmd, md = (table[f"difficulty.{name}"].to_numpy().astype(np.float64) for name in ("rmd", "md"))
     features = columns.vectors(table["embeddings.embedding"])
     kmeans = kmeans_difficulty(features, k=len(run.classes), seed=seed).astype(np.float64)
-    dim = run.config.width
-    per_dim = difficulty_weight(rmd, scale="per_dim", dim=dim)
+    dim, shuffle = run.config.width, np.random.default_rng(seed).permutation
+    per_dim, minmax = difficulty_weight(rmd, scale="per_dim", dim=dim), difficulty_weight(rmd, scale="minmax")
     return {
         "per_dim": per_dim,
-        "per_dim, shuffled": np.random.default_rng(seed).permutation(per_dim),
+        "per_dim, shuffled": shuffle(per_dim),
         "per_dim, sign turned": difficulty_weight(-rmd, scale="per_dim", dim=dim),
         "per_dim, T 0.2": difficulty_weight(rmd, temperature=0.2, scale="per_dim", dim=dim),
         "per_dim, T 0.05": difficulty_weight(rmd, temperature=0.05, scale="per_dim", dim=dim),
-        "minmax": difficulty_weight(rmd, scale="minmax"),
+        "minmax": minmax,
+        "minmax, shuffled": shuffle(minmax),
+        "minmax, sign turned": difficulty_weight(-rmd, scale="minmax"),
         "standardize": difficulty_weight(rmd, scale="standardize"),
         "none": difficulty_weight(rmd, scale="none"),
         "MD per_dim": difficulty_weight(md, scale="per_dim", dim=dim),
+        "MD minmax": difficulty_weight(md, scale="minmax"),
         "K-means minmax": difficulty_weight(kmeans, scale="minmax"),
     }
 
 
-def train_once(plan: Plan, caches: dict, weight: np.ndarray | None) -> dict[str, float]:
-    """Metrics after the last epoch."""
+def plan_once(options: argparse.Namespace) -> tuple[Plan, dict[str, np.ndarray]]:
+    """The plan that all lines vary, and the weights; Ray counts the samples."""
+    if options.plan and Path(options.plan).exists():
+        return pickle.loads(Path(options.plan).read_bytes())
+    import ray
+
+    run, other = Run.open(options.run), Run.open(options.eval_run)
+    choices = Choices(
+        input=options.input, model=options.model, weights=WEIGHT, groups=GroupRule.parse(options.groups), holdout=0.0
+    )
+    recipe = RECIPES[options.input]
+    recipe = dataclasses.replace(recipe, epochs=options.epochs or recipe.epochs)
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="error")
+    plan = plan_training(run, "", LossChoice("difficulty_entropy"), recipe, choices, other)
+    ray.shutdown()
+    found = plan, weights_of(run)
+    if options.plan:
+        Path(options.plan).write_bytes(pickle.dumps(found))
+    return found
+
+
+def vary(plan: Plan, line: Line, seed: int, out: str) -> Plan:
+    """The plan of one training."""
+    grouping = dataclasses.replace(plan.grouping, method=line.method)
+    easy, hard = grouping.counts
+    # The loader asks only for the sum, as all is in memory.
+    expanded = (easy + line.hard * hard,) + (0,) * (len(plan.counts) - 1)
+    return dataclasses.replace(
+        plan,
+        out=out,
+        loss=line.loss,
+        weights=WEIGHT if line.weight else None,
+        grouping=grouping,
+        resampling=Resampling(grouping.rule, (1, line.hard)) if line.hard > 1 else None,
+        expanded=expanded,
+        recipe=dataclasses.replace(plan.recipe, seed=seed),
+    )
+
+
+def train_once(plan: Plan, caches: dict, weight: np.ndarray | None) -> list[float]:
+    """The metrics of COLUMNS after the last epoch; the decoded samples are kept in `caches` for the next training."""
     training = Training(plan, Workplace())
     if "train" in caches:
         training.loader._cache, training.eval_loaders[0]._cache = caches["train"], caches["eval"]
@@ -84,62 +155,56 @@ def train_once(plan: Plan, caches: dict, weight: np.ndarray | None) -> dict[str,
     if weight is not None:
         values = caches["train"].values | {WEIGHT: torch.from_numpy(weight.astype(np.float32))}
         training.loader._cache = caches["train"]._replace(values=values)
-    while not training.done:
-        found = training.run_epoch()["eval"]
-    numbers = {name: 100 * found[name] for name in ("accuracy", "ece", "ece_mass")} | {"nll": found["nll"]}
-    easy, hard = found["groups"]
-    return numbers | {"easy error": 100 * (1 - easy["accuracy"]), "hard error": 100 * (1 - hard["accuracy"])}
+    while training.epoch < plan.recipe.epochs - 1:
+        training._train_epoch()
+        training.epoch += 1
+    found = training.run_epoch()["eval"]
+    easy, hard = (1 - group["accuracy"] for group in found["groups"])
+    shares = [found["accuracy"], found["ece"], found["ece_mass"], easy, hard]
+    percent = [100 * share for share in shares]
+    return [*percent[:3], found["nll"], *percent[3:]]
+
+
+def cells(found: list[list[float]]) -> list[str]:
+    """Mean ± standard deviation over the seeds, of each column."""
+    values = np.array(found)
+    digits = [4 if column == "NLL" else 2 for column in COLUMNS]
+    spreads = values.std(axis=0, ddof=1) if len(values) > 1 else [None] * len(COLUMNS)
+    return [
+        f"{mean:.{d}f}" + ("" if spread is None else f" ± {spread:.{d}f}")
+        for mean, spread, d in zip(values.mean(axis=0), spreads, digits)
+    ]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", required=True)
     parser.add_argument("--eval-run", required=True)
+    parser.add_argument("--input", choices=("embeddings", "images"), default="embeddings")
+    parser.add_argument("--model", help="default: that of hardset train")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--epochs", type=int, default=20)
+    parser.add_argument("--epochs", type=int, help="default: that of hardset train")
     parser.add_argument("--groups", default="difficulty.rmd:q2")
+    parser.add_argument("--only", default="")
+    parser.add_argument("--plan")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    import ray
-
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="error")
-    run, other = Run.open(options.run), Run.open(options.eval_run)
-    choices = Choices(weights=WEIGHT, groups=GroupRule.parse(options.groups), holdout=0.0)
-    recipe = Recipe(epochs=options.epochs)
-    plan = plan_training(run, "", LossChoice("difficulty_entropy"), recipe, choices, other)
-    weights = weights_of(run)
-    ray.shutdown()
-    counts = np.asarray(plan.grouping.counts)
-    caches: dict = {}
-    sizes = f"{sum(plan.counts):,} training, {sum(plan.evaluations[0].counts):,} test samples, groups {counts.tolist()}"
-    print(f"{sizes}, {options.epochs} epochs, {options.seeds} seeds (mean ± std), after the last epoch\n")
+    plan, weights = plan_once(options)
+    wanted = [line for line in lines(weights) if re.search(options.only, line.name)]
     print(
-        "| loss | accuracy % | ECE % | ECE (mass) % | NLL | easy error % | hard error % | s |\n|---|---|---|---|---|---|---|---|"
+        f"{sum(plan.counts):,} training, {sum(plan.evaluations[0].counts):,} test samples, {plan.spec.model}, "
+        f"{plan.recipe.epochs} epochs, {options.seeds} seeds; training samples of {' | '.join(plan.grouping.rule.names())}: "
+        f"{' | '.join(f'{count:,}' for count in plan.grouping.counts)}\n"
     )
-    for name, loss, which, changes in rows(weights, plan):
+    print(f"| loss | {' | '.join(COLUMNS)} | s |\n|---|{'---|' * (len(COLUMNS) + 1)}", flush=True)
+    caches: dict = {}
+    for line in wanted:
         started, found = time.perf_counter(), []
-        factor = changes.pop("factor", None)
-        if factor:
-            changes["expanded"] = (int(counts[0] + factor * counts[1]),) + (0,) * (len(plan.counts) - 1)
-        # A table line without groups still evaluates them.
-        changes.setdefault("grouping", Grouping(plan.grouping.rule, plan.grouping.counts, "erm"))
         for seed in range(options.seeds):
             with tempfile.TemporaryDirectory() as out:
-                this = dataclasses.replace(
-                    plan,
-                    out=out,
-                    loss=loss,
-                    weights=WEIGHT if which else None,
-                    recipe=dataclasses.replace(recipe, seed=seed),
-                    **changes,
-                )
-                found.append(train_once(this, caches, weights[which] if which else None))
-        cells = [np.array([one[key] for one in found]) for key in found[0]]
-        shown = [
-            f"{c.mean():.{4 if key == 'nll' else 2}f} ± {c.std(ddof=len(c) > 1):.{4 if key == 'nll' else 2}f}"
-            for key, c in zip(found[0], cells)
-        ]
-        print(f"| {name} | {' | '.join(shown)} | {time.perf_counter() - started:.0f} |", flush=True)
+                weight = weights[line.weight] if line.weight else None
+                found.append(train_once(vary(plan, line, seed, out), caches, weight))
+        print(f"| {line.name} | {' | '.join(cells(found))} | {time.perf_counter() - started:.0f} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ Ray plans the trainings and computes predictions; the trainings themselves are p
 import concurrent.futures
 import dataclasses
 import multiprocessing
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -58,6 +59,11 @@ def predict_last(run: Run, folder: str, name: str) -> None:
     """Predictions of the last epoch's weights."""
     checkpoint = str(Path(folder).resolve() / "last")
     predict(run, load_classifier(checkpoint), name, checkpoint=checkpoint)
+
+
+def encoder_of(run: Run) -> str:
+    """The run's encoder for a table: a file by its name, not by its folder."""
+    return re.sub(r"[^:@]*/(?=[^/:@]+\.\w+(:|$))", "", run.config.encoder)
 
 
 def arrays(uri: str) -> tuple[np.ndarray, np.ndarray]:

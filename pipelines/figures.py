@@ -30,17 +30,9 @@ def reliability_diagram(curve: np.ndarray, title: str = "", ece: float | None = 
     bins, filled = len(curve), count > 0
     edges, width = np.arange(bins) / bins, 1 / bins
     accuracy, mean = correct[filled] / count[filled], confidence[filled] / count[filled]
-    upper.bar(edges[filled], accuracy, width, align="edge", color=RIGHT, edgecolor="white", label="accuracy")
-    upper.bar(
-        edges[filled],
-        mean - accuracy,
-        width,
-        accuracy,
-        align="edge",
-        color=WRONG,
-        alpha=0.35,
-        label="gap to confidence",
-    )
+    upper.bar(edges[filled], accuracy, width, align="edge", color=(RIGHT, 0.6), edgecolor="white", label="accuracy")
+    gap = {"facecolor": (WRONG, 0.15), "edgecolor": WRONG, "hatch": "///", "linewidth": 0.6}  # seen on the bar, too
+    upper.bar(edges[filled], mean - accuracy, width, accuracy, align="edge", label="gap to confidence", **gap)
     upper.plot([0, 1], [0, 1], color="0.3", linewidth=1, linestyle="--")
     upper.set(xlim=(0, 1), ylim=(0, 1), ylabel="accuracy", title=title)
     if ece is not None:
@@ -89,18 +81,27 @@ def box_plots(
 ) -> Figure:
     """Boxes at each position, one per name side by side: `values[name][i]` are the values at `positions[i]`."""
     figure = Figure(figsize=(6.4, 4.0), layout="constrained")
-    axes = figure.subplots()
+    draw_boxes(figure.subplots(), values, positions, xlabel, ylabel)
+    return figure
+
+
+def draw_boxes(
+    axes: Axes, values: Mapping[str, Sequence[Sequence[float]]], positions: Sequence[str], xlabel: str, ylabel: str
+) -> None:
+    """The boxes of `box_plots` on the axes given; from the quartiles, whiskers of at most 1.5 of their distance."""
     width = 0.8 / max(1, len(values))
     for number, (name, groups) in enumerate(values.items()):
         places = np.arange(len(groups)) + (number - (len(values) - 1) / 2) * width
-        boxes = axes.boxplot(groups, positions=places, widths=0.9 * width, patch_artist=True, manage_ticks=False)
+        boxes = axes.boxplot(
+            groups, positions=places, widths=0.8 * width, patch_artist=True, manage_ticks=False,
+            medianprops={"color": "0.15"}, flierprops={"markersize": 3, "markeredgecolor": "0.5"},
+        )  # fmt: skip
         for box in boxes["boxes"]:
-            box.set(facecolor=f"C{number}", alpha=0.6)
+            box.set(facecolor=(RIGHT, WRONG, *(f"C{n}" for n in range(10)))[number], alpha=0.6)
         boxes["boxes"][0].set_label(name)
     axes.set_xticks(range(len(positions)), positions)
     axes.set(xlabel=xlabel, ylabel=ylabel)
-    _legend(axes, len(values))
-    return figure
+    _legend(axes, len(values) if len(values) > 1 else 0)
 
 
 def lines(
