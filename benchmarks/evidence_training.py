@@ -42,6 +42,8 @@ ALPHA = 0.3
 PLAIN = ("cross_entropy", "label_smoothing", "focal", "l1_norm", "poly1", "correctness_ranking")
 # Weights whose mean strength plain entropy regularisation is given too; only a gain over that is one by difficulty.
 MATCHED = ("per_dim", "per_dim, T 0.2", "minmax")
+# Weights that are also tried with the α that makes their mean strength that of per_dim: then only their order differs.
+EQUAL = ("per_dim, T 0.2", "per_dim, T 0.05", "minmax", "minmax, shuffled", "MD minmax", "K-means minmax")
 COLUMNS = ("accuracy %", "ECE %", "ECE (mass) %", "NLL", "easy error %", "hard error %")
 
 
@@ -65,6 +67,9 @@ def lines(weights: dict[str, np.ndarray]) -> list[Line]:
     found += [_difficulty(ALPHA, name, f" (mean {weight.mean():.3f})") for name, weight in weights.items()]
     found += [Line(f"two groups: {method}", method=method) for method in ("erm", "reweight", "dro")]
     found += [Line(f"two groups: hard × {factor}", hard=factor) for factor in (2, 4)]
+    for name in EQUAL:
+        alpha = ALPHA * weights["per_dim"].mean() / weights[name].mean()
+        found.append(_difficulty(round(float(alpha), 3), name, ", equal strength"))
     for alpha in (0.05, 0.1, 0.2, 0.4):
         found += [_entropy(alpha), _difficulty(alpha, "per_dim"), _difficulty(alpha, "minmax")]
     return found
