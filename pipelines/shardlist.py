@@ -14,6 +14,7 @@ from pipelines import storage
 
 MAX_SHARDS = 1_000_000
 STAT_THREADS = 32  # each look-up is a round trip on an object store
+LISTED_FROM = 1000  # shards of one folder: from here a listing of it, a thousand names a request, is quicker
 
 _MAGIC = re.compile(r"[*?\[]")
 _RANGE = re.compile(r"\{(-?\d+)\.\.(-?\d+)")
@@ -53,12 +54,13 @@ def _expand(source: str, nested: bool = False) -> list[_Found]:
     """One source: braces, a glob, a folder, a list file, or a shard."""
     names = _braces(source)
     globs = {name for name in names if _is_glob(name)}
-    plain = [storage.absolute(name) for name in names if name not in globs]
-    infos = dict(zip(plain, _look_up(plain, source)))
+    plain = {name: storage.absolute(name) for name in names if name not in globs}
+    urls = list(plain.values())
+    infos = dict(zip(urls, _look_up(urls, source)))
     _check_there(source, infos)
-    if len(names) == 1 and not nested and plain and _is_list(plain[0], infos[plain[0]]):
-        return _from_list(plain[0])
-    groups = [_glob(name) if name in globs else _files(infos[storage.absolute(name)], name) for name in names]
+    if len(names) == 1 and not nested and urls and _is_list(urls[0], infos[urls[0]]):
+        return _from_list(urls[0])
+    groups = [_glob(name) if name in globs else _files(infos[plain[name]], plain[name]) for name in names]
     return [_checked(file) for group in groups for file in group]
 
 
@@ -91,10 +93,31 @@ def _look_up(urls: list[str], source: str) -> list[pafs.FileInfo]:
     try:
         if len(urls) < STAT_THREADS:
             return [info(url) for url in urls]
+        found = _listed_together(urls)
+        single = [url for url in urls if url not in found]
         with ThreadPoolExecutor(STAT_THREADS) as pool:
-            return list(pool.map(info, urls))
+            found.update(zip(single, pool.map(info, single)))
+        return [found[url] for url in urls]
     except (OSError, ValueError) as error:
         raise ValueError(f"--shards {source}: the shards can't be looked up ({_line(error)})") from error
+
+
+def _listed_together(urls: list[str]) -> dict[str, pafs.FileInfo]:
+    """What listings of the folders that hold many of these URLs say; a URL that they do not name is missing here."""
+    folders = Counter(_folder_of(url) for url in urls if storage.scheme_of(url) in ("file", "s3", "gs", "gcs"))
+    wanted = set(urls) if max(folders.values(), default=0) >= LISTED_FROM else set()
+    return {
+        url: info
+        for folder, count in folders.items()
+        if count >= LISTED_FROM
+        for url, info in storage.list_infos(folder, recursive=False)
+        if url in wanted
+    }
+
+
+def _folder_of(url: str) -> str:
+    base, query = storage.split_query(url)
+    return (base.rpartition("/")[0] or "/") + query
 
 
 def _check_there(source: str, infos: dict[str, pafs.FileInfo]) -> None:
@@ -106,13 +129,12 @@ def _check_there(source: str, infos: dict[str, pafs.FileInfo]) -> None:
         )
 
 
-def _files(info: pafs.FileInfo, name: str) -> list[_Found]:
+def _files(info: pafs.FileInfo, url: str) -> list[_Found]:
     if info.type != pafs.FileType.Directory:
-        return [_Found(storage.absolute(name), info)]
-    folder = storage.absolute(name)
-    found = [_Found(url, i) for url, i in _listed(folder, recursive=False) if i.path.endswith(".tar")]
+        return [_Found(url, info)]
+    found = [_Found(name, i) for name, i in _listed(url, recursive=False) if i.path.endswith(".tar")]
     if not found:
-        raise ValueError(f"--shards {name}: no shard there, the folder holds no *.tar")
+        raise ValueError(f"--shards {url}: no shard there, the folder holds no *.tar")
     return found
 
 
@@ -179,12 +201,13 @@ def _from_list(url: str) -> list[_Found]:
 def _expand_lines(sources: list[str]) -> list[_Found]:
     # All plain lines are looked up side by side; the few that are patterns go one by one.
     plain = [source for source in sources if not _MAGIC.search(source) and "{" not in source and "}" not in source]
-    urls = [storage.absolute(source) for source in plain]
+    url_of = {source: storage.absolute(source) for source in plain}
+    urls = list(url_of.values())
     infos = dict(zip(urls, _look_up(urls, "list file")))
     _check_there(f"{len(sources)} lines", infos)
     patterns = set(sources) - set(plain)
     groups: Iterable[list[_Found]] = (
-        _expand(source, nested=True) if source in patterns else _files(infos[storage.absolute(source)], source)
+        _expand(source, nested=True) if source in patterns else _files(infos[url_of[source]], url_of[source])
         for source in sources
     )
     return [_checked(file) for group in groups for file in group]

@@ -36,18 +36,23 @@ def scheme_of(uri: str | os.PathLike) -> str:
 
 def local_path(uri: str | os.PathLike) -> Path | None:
     """The absolute local path that `uri` names, None if it is not local. Symbolic links are kept."""
+    text = _local(uri)
+    return None if text is None else Path(text)
+
+
+def absolute(uri: str | os.PathLike) -> str:
+    """`uri` in a form that means the same in every process: absolute if local, without a trailing slash."""
+    text = _local(uri)
+    return text if text is not None else os.fspath(uri).rstrip("/")
+
+
+def _local(uri: str | os.PathLike) -> str | None:
     text = os.fspath(uri)
     if scheme_of(text) != "file":
         return None
     if text.lower().startswith("file:"):
         text = urllib.parse.unquote(re.sub(r"^//(localhost)?(?=/)", "", text[5:], flags=re.IGNORECASE))
-    return Path(os.path.abspath(os.path.expanduser(text)))
-
-
-def absolute(uri: str | os.PathLike) -> str:
-    """`uri` in a form that means the same in every process: absolute if local, without a trailing slash."""
-    path = local_path(uri)
-    return str(path) if path is not None else os.fspath(uri).rstrip("/")
+    return os.path.abspath(os.path.expanduser(text))
 
 
 def split_query(uri: str | os.PathLike) -> tuple[str, str]:
@@ -122,6 +127,14 @@ def list_infos(uri: str | os.PathLike, *, recursive: bool = True) -> list[tuple[
 def list_files(uri: str | os.PathLike, suffix: str = "", *, recursive: bool = True) -> list[str]:
     """The sorted URIs of the files below the folder `uri` whose name ends in `suffix`; hidden ones left out."""
     return [name for name, info in list_infos(uri, recursive=recursive) if info.path.endswith(suffix)]
+
+
+def list_folders(uri: str | os.PathLike) -> list[str]:
+    """The sorted names of the folders directly below a folder, hidden ones left out."""
+    filesystem, root = open_filesystem(uri)
+    infos = filesystem.get_file_info(pafs.FileSelector(root, allow_not_found=True))
+    names = (info.base_name for info in infos if info.type == pafs.FileType.Directory)
+    return sorted(name for name in names if not name.startswith("."))
 
 
 def read_bytes(uri: str | os.PathLike) -> bytes:

@@ -130,3 +130,16 @@ def test_refused_with_the_word_shard(folder, monkeypatch, spec, message):
 def test_a_name_that_looks_like_a_pattern_but_exists(tmp_path, make_shard):
     make_shard(tmp_path / "a[1].tar", [])
     assert names(tmp_path, "@/a[1].tar") == ["a[1].tar"]
+
+
+def test_many_shards_of_a_folder_are_found_by_listing_it(tmp_path, monkeypatch):
+    names = [f"{i:03d}.tar" for i in range(40)]
+    for name in names:
+        (tmp_path / name).write_bytes(name.encode())
+    spec = f"{tmp_path}/{{000..039}}.tar"
+    one_by_one = expand_shards(spec)
+    monkeypatch.setattr("pipelines.shardlist.LISTED_FROM", 10)
+    assert expand_shards(spec) == one_by_one
+    (tmp_path / "017.tar").unlink()
+    with pytest.raises(ValueError, match=r"1 of 40 shards do not exist, the first is .*017\.tar"):
+        expand_shards(spec)
