@@ -35,7 +35,8 @@ class OneLineParser(ArgumentParser):
 class Command:
     """A command: its name, the groups of options that it takes, and the function that is called with them in that order.
 
-    The function returns what `--json` prints: counts, seconds, paths, metrics. It imports pipelines itself, so that
+    The function returns what `--json` prints: counts, seconds, paths, metrics. A `failed` among them says what is wrong
+    with what was looked at: it is printed too, and the status is 1. The function imports pipelines itself, so that
     --help and mistakes in options do not wait for torch and Ray.
     """
 
@@ -91,7 +92,7 @@ class Command:
             raise
         if any(getattr(group, "json", False) for group in options):
             print(json.dumps(result, default=_plain), flush=True)
-        return 0
+        return self._fail(1, result["failed"]) if result.get("failed") else 0
 
     def _fail(self, status: int, message: str) -> int:
         sys.stderr.write(f"hardset {self.name}: {' '.join(message.split())}\n")
@@ -103,11 +104,16 @@ def say(text: str) -> None:
     print(text, flush=True)
 
 
+def option_help(group: type) -> dict[str, str]:
+    """What the docstrings under a dataclass's fields say, those that it inherits too."""
+    docs = [parse_from_object(base) for base in reversed(group.__mro__) if dataclasses.is_dataclass(base)]
+    return {param.arg_name: param.description or "" for doc in docs for param in doc.params}
+
+
 def _add_options(parser: ArgumentParser, group: type) -> None:
     """A flag for every field of a dataclass; its help is the docstring under the field."""
-    doc = parse_from_object(group)
-    help_of = {param.arg_name: param.description for param in doc.params}
-    target = parser.add_argument_group(doc.short_description)
+    help_of = option_help(group)
+    target = parser.add_argument_group(parse_from_object(group).short_description)
     hints = typing.get_type_hints(group)
     for field in dataclasses.fields(group):
         flag, about = "--" + field.name.replace("_", "-"), {"help": help_of.get(field.name)}

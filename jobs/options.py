@@ -30,6 +30,18 @@ class RunOptions:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class SessionOptions:
+    """Ray, and how the result is told, of commands that need no run."""
+
+    json: bool = False
+    """print one JSON object as the last line: counts, seconds, paths, metrics"""
+    ray_address: str = "auto"
+    """a cluster's address, local for a Ray of its own, or auto: RAY_ADDRESS where it is set (as in a Ray job), else local"""
+    ray_cpus: int | None = None
+    """CPU cores of a local Ray (default: all)"""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class CorpusOptions:
     """Which images, their labels, and the encoder. A run that is there remembers them."""
 

@@ -8,7 +8,7 @@ import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from jobs.options import RunOptions
+from jobs.options import RunOptions, SessionOptions
 
 # Read when Ray is imported, which therefore happens inside the functions below: its data plane would print 29 lines per
 # dataset, its core a warning per pool of actors, and under `uv run` it would start every worker through uv.
@@ -24,7 +24,7 @@ for name, value in QUIET.items():
 
 
 @contextlib.contextmanager
-def ray_session(options: RunOptions) -> Iterator[None]:
+def ray_session(options: RunOptions | SessionOptions) -> Iterator[None]:
     """A connection to Ray: the one that is there, the cluster asked for, or a local one that ends with the command."""
     import ray
 

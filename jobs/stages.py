@@ -36,10 +36,10 @@ def open_run(options: RunOptions, corpus: CorpusOptions) -> Run:
             f"shards: {len(shards)}, {sum(s.size for s in shards) / 1e6:,.1f} MB, first {shards[0].url}, last {shards[-1].url}"
         )
     known = Run.open(options.run).config if Run.exists(options.run) and not corpus.overwrite else None
-    return Run.create(options.run, _corpus_config(corpus, known), shards, overwrite=corpus.overwrite)
+    return Run.create(options.run, corpus_config(corpus, known), shards, overwrite=corpus.overwrite)
 
 
-def _corpus_config(corpus: CorpusOptions, known: CorpusConfig | None) -> CorpusConfig:
+def corpus_config(corpus: CorpusOptions, known: CorpusConfig | None) -> CorpusConfig:
     """What the options say; where they say nothing, what the run that is there was made with; else the defaults."""
     asked = {name: getattr(corpus, name) for name in ("label", "views", "dtype", "max_pixels")}
     asked["normalize"] = corpus.normalize or None

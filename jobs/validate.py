@@ -1,0 +1,106 @@
+"""Look through shards before paying for a GPU: broken tars, key clashes, label problems, class counts, image sizes.
+
+hardset validate --shards 'DIR/train-{000000..001281}.tar'
+"""
+
+import dataclasses
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from jobs.command import Command, say
+from jobs.options import SessionOptions, at_least
+from jobs.session import ray_session
+
+SHOWN = 12  # classes and reasons
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ValidateOptions:
+    """Which shards, and how closely they are looked at. No encoder and no GPU is needed."""
+
+    shards: str
+    """webdataset shards: quoted braces, globs, a folder, s3://…, a text file of URLs, '::' between sources"""
+    label: str = "cls"
+    """cls, json:FIELD, or none for images without labels"""
+    classes: str | None = None
+    """text file of class names, one a line, in the order of the labels; then cls may hold names"""
+    max_pixels: int = 100_000_000
+    """an image of more pixels than this is bad"""
+    most_shards: int = 1000
+    """of more shards than this, so many are read, evenly spread; each that is read is read whole"""
+    decode_every: int = 50
+    """one image in so many is decoded; 1 = all"""
+    max_bad_fraction: float = 0.01
+    """fraction of bad samples, in [0, 1], above which the exit status is 1, as curate's would be"""
+
+    def __post_init__(self) -> None:
+        at_least(self, 1, ("max_pixels", "most_shards", "decode_every"))
+        if not 0 <= self.max_bad_fraction <= 1:
+            raise ValueError(f"--max-bad-fraction {self.max_bad_fraction}: expected a fraction in [0, 1]")
+
+
+def validate(session: SessionOptions, asked: ValidateOptions) -> dict[str, Any]:
+    """Read, tell; `failed` says so when more is bad than allowed."""
+    from jobs import stages
+    from pipelines import validate as validating
+    from pipelines.samples import LabelSource
+    from pipelines.shards import expand_shards
+
+    names = None if asked.classes is None else stages.read_names(asked.classes)
+    LabelSource(asked.label, names)  # its own ValueError for a label source that is none
+    shards = expand_shards(asked.shards)
+    check = validating.Check(asked.label, names, asked.decode_every, asked.max_pixels)
+    with ray_session(session):
+        found = validating.validate(shards, check, asked.most_shards)
+    _show(found, asked, shards[0].url, shards[-1].url)
+    if not found["samples"] or found["bad_fraction"] > asked.max_bad_fraction:
+        found["failed"] = (
+            f"a fraction of {found['bad_fraction']:.4f} of the samples is bad, more than --max-bad-fraction "
+            f"{asked.max_bad_fraction}: curate would end with status 1"
+            if found["samples"]
+            else "no sample in these shards"
+        )
+    return found
+
+
+def _show(found: dict[str, Any], asked: ValidateOptions, first: str, last: str) -> None:
+    shards, images = found["shards"], found["images"]
+    say(f"shards: {shards['listed']}, first {first}, last {last}")
+    sampled = "all of them" if shards["read"] == shards["listed"] else "an even sample (--most-shards)"
+    say(f"  read {shards['read']}, {sampled}: {found['bytes'] / 1e6:,.1f} MB, {shards['damaged']} damaged")
+    say(f"  samples {found['samples']:,}, left out as read {found['left_out']:,}")
+    say(
+        f"  images decoded {images['decoded']:,} (one in {asked.decode_every}), of these {images['undecodable']:,} cannot be; "
+        f"{images['mean_bytes'] / 1e3:,.1f} kB on average; {_counts(found['formats'])}; "
+        f"shorter side up to {_counts(found['shorter_side'], ' px')}"
+    )
+    for reason, entry in list(found["reasons"].items())[:SHOWN]:
+        example = entry["examples"][0]
+        say(
+            f"  {entry['count']:>8,} × {entry['kind']}: {reason}  (e.g. shard {example['shard']}, key {example['key']!r})"
+        )
+    if found["classes"]:
+        say(f"  {len(found['classes'])} classes: {_counts(found['classes'])}")
+    say(
+        f"  whole list, estimated: {found['estimated']['samples']:,} samples, {found['estimated']['usable']:,} usable; "
+        f"bad fraction {found['bad_fraction']:.4f}, allowed {asked.max_bad_fraction}"
+    )
+
+
+def _counts(counts: dict[str, int], unit: str = "") -> str:
+    """`jpeg 200, png 3`, at most SHOWN of them."""
+    shown = ", ".join(f"{name}{unit}: {count:,}" for name, count in list(counts.items())[:SHOWN])
+    return (shown or "none") + (f", … ({len(counts) - SHOWN} more)" if len(counts) > SHOWN else "")
+
+
+COMMAND = Command("validate", __doc__, (SessionOptions, ValidateOptions), validate)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit status."""
+    return COMMAND.main(argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
