@@ -1,4 +1,4 @@
-"""The main job: embed, fit, score, select.
+"""The main job: embed, fit, score, select, report.
 
 hardset curate --shards 'DIR/train-{000000..000049}.tar' --run RUN --encoder open_clip:ViT-B-32/laion2b_s34b_b79k
 """
@@ -32,6 +32,7 @@ def curate(
             "fit": stages.fit(run, gaussians, workers),
             "score": stages.score(run, weights, workers),
             "select": stages.select(run, stages.ranked_by_what_is_there(run, selection)),
+            "report": stages.report(run, tracker),
         }
         tracker.metrics(result)
     return result

@@ -14,7 +14,9 @@ COMMANDS = (
     "fit",
     "score",
     "select",
+    "report",
     "inspect",
+    "export",
     "confusion",
     "train",
     "compare",
@@ -22,6 +24,8 @@ COMMANDS = (
     "evaluate",
     "trust",
     "corrupt",
+    "validate",
+    "plan",
 )
 
 

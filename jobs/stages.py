@@ -2,16 +2,19 @@
 
 import dataclasses
 import importlib.util
+from collections.abc import Sequence
 from typing import Any
 
 import ray
 
 from jobs.command import say
 from jobs.options import CorpusOptions, GaussianOptions, RunOptions, SelectOptions, WeightOptions, WorkerOptions
+from jobs.session import Tracker
 from ops.encoders import load_encoder
 from pipelines import columns, storage
 from pipelines import embed as embedding
 from pipelines import fit as fitting
+from pipelines import report as reporting
 from pipelines import score as scoring
 from pipelines import select as selecting
 from pipelines.progress import bottleneck, duration
@@ -44,7 +47,7 @@ def corpus_config(corpus: CorpusOptions, known: CorpusConfig | None) -> CorpusCo
     asked = {name: getattr(corpus, name) for name in ("label", "views", "dtype", "max_pixels")}
     asked["normalize"] = corpus.normalize or None
     if corpus.classes is not None:
-        asked["class_names"] = tuple(line.strip() for line in _read_text(corpus.classes).splitlines() if line.strip())
+        asked["class_names"] = read_names(corpus.classes)
     values = {name: value for name, value in asked.items() if value is not None}
     if known is not None:
         values = {f.name: getattr(known, f.name) for f in dataclasses.fields(known)} | values
@@ -56,11 +59,13 @@ def corpus_config(corpus: CorpusOptions, known: CorpusConfig | None) -> CorpusCo
     return config
 
 
-def _read_text(uri: str) -> str:
+def read_names(uri: str) -> tuple[str, ...]:
+    """Class names from a text file, one a line."""
     try:
-        return storage.read_bytes(uri).decode()
+        text = storage.read_bytes(uri).decode()
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"--classes {uri}: cannot be read as a text file ({error})") from None
+    return tuple(line.strip() for line in text.splitlines() if line.strip())
 
 
 def resources(workers: WorkerOptions) -> embedding.Resources:
@@ -153,6 +158,16 @@ def select(run: Run, options: SelectOptions) -> dict[str, Any]:
     say(
         f"select {options.name}: {entry['samples']:,} samples, {entry['rule']}, in {entry['shards']} shards, {done}: {entry['path']}"
     )
+    return entry
+
+
+def report(run: Run, tracker: Tracker, class_names: Sequence[str] = ()) -> dict[str, Any]:
+    """Write the report, and store it with the MLflow run."""
+    entry = reporting.report(run, class_names)
+    done = "already there" if entry["skipped"] else f"{entry['bytes'] / 1e6:.1f} MB, {duration(entry['seconds'])}"
+    say(f"report: {entry['pictures']:,} pictures, {done}: {entry['path']}")
+    if tracker.run_id:
+        tracker.text(storage.read_bytes(entry["path"]).decode(), "report/index.html")
     return entry
 
 

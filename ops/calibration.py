@@ -85,6 +85,19 @@ def confidence_calibration_error(confidence: Array, correct: Array, bins: int = 
     return float(np.abs(gaps).sum() / len(confidence))
 
 
+def confidence_reliability_curve(
+    confidence: Array, correct: Array, bins: int = 15, binning: str = "width"
+) -> ReliabilityCurve:
+    """`reliability_curve` of any confidence in [0, 1] (n,) against outcomes (n,) of 0 and 1; errors as above."""
+    values, outcomes = to_numpy(confidence), to_numpy(correct)
+    check_vector("confidence", values)
+    check_range("confidence", float(values.min()), 0, 1)
+    check_range("confidence", float(values.max()), 0, 1)
+    check_zero_one("correct", outcomes, len(values))
+    curve = _reliability(values.astype(np.float64), outcomes.astype(np.float64), bins, binning)
+    return ReliabilityCurve(*(like(part, confidence) for part in curve))
+
+
 def maximum_calibration_error(probs: Array, labels: Array, bins: int = 15, binning: str = "width") -> float:
     """Largest |accuracy − confidence| over non-empty bins, in [0, 1] (Guo et al. 2017).
 

@@ -8,10 +8,13 @@ import numpy as np
 import pyarrow as pa
 
 from pipelines import columns, storage
+from pipelines.plan import against_actual, evenly
 from pipelines.run import Run
 
 QUANTILES = (0.0, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1.0)
 MOST_VALUES = 2_000_000  # quantiles of more rows than this are those of evenly spaced shards
+MOST_QUARANTINES = 10_000  # shards whose quarantine is read, evenly spaced: each is a round trip on an object store
+NESTED = ("predictions", "trust")  # hold a column group per name
 
 
 def summarize(run: Run) -> dict[str, Any]:
@@ -33,24 +36,25 @@ def summarize(run: Run) -> dict[str, Any]:
         "quarantine": quarantine_reasons(run),
         "groups": {name: group_summary(run, name) for name in column_groups(run)},
         "stages": run.record["stages"],
+        "plan": against_actual(run),
         "subsets": [name.removeprefix("select/") for name in run.record["stages"] if name.startswith("select/")],
     }
 
 
 def column_groups(run: Run) -> list[str]:
     """The column groups that this run has, `predictions/NAME` and `trust/NAME` included."""
-    files = storage.list_files(run.uri, ".parquet")
-    folders = {path.rpartition("/")[0].removeprefix(run.uri).strip("/") for path in files}
-    hidden = ("subsets/", ".parts", "evaluation")
-    names = sorted(f for f in folders if f and f != columns.QUARANTINE and not f.startswith(hidden))
-    return [name for name in names if any(columns.all_facts(run.uri, name, len(run.shards)))]
+    found = storage.list_folders(run.uri)
+    names = [name for name in found if name not in NESTED and name != columns.QUARANTINE]
+    names += [f"{outer}/{name}" for outer in NESTED if outer in found for name in storage.list_folders(run.path(outer))]
+    return [name for name in sorted(names) if any(columns.all_facts(run.uri, name, len(run.shards)))]
 
 
 def group_summary(run: Run, group: str) -> dict[str, Any]:
     """Shards done and the quantiles of each float column of a group."""
     found = {shard: f for shard, f in enumerate(columns.all_facts(run.uri, group, len(run.shards))) if f}
     done = list(found)
-    names = [f.name for f in columns.schema(run.uri, group, done[0]) if pa.types.is_floating(f.type)]
+    fields = columns.schema(run.uri, group, done[0])
+    names = [f.name for f in fields if pa.types.is_floating(f.type) and "percentile_of" not in columns.about(f)]
     step = 1 + sum(f["rows"] for f in found.values()) // MOST_VALUES
     taken = {name: [] for name in names}
     for shard in done[::step]:
@@ -70,15 +74,22 @@ def _quantiles(values: np.ndarray) -> dict[str, float]:
     return {f"{q:g}": float(v) for q, v in zip(QUANTILES, found)} | {"mean": float(values.mean(dtype=np.float64))}
 
 
-def quarantine_reasons(run: Run) -> dict[str, dict[str, Any]]:
-    """Count and one example by reason, digits in a reason made alike, the most frequent first."""
+def quarantine_reasons(run: Run, examples: int = 1) -> dict[str, dict[str, Any]]:
+    """Count, one example and the first `examples` of them by reason, digits in a reason made alike, the most frequent first.
+
+    Of a run where more than `MOST_QUARANTINES` shards have entries, those of so many are counted.
+    """
     counts: Counter[str] = Counter()
-    examples: dict[str, dict[str, Any]] = {}
-    for shard, facts in enumerate(columns.all_facts(run.uri, columns.QUARANTINE, len(run.shards))):
-        if not facts or not facts["rows"]:
-            continue
+    first: dict[str, list[dict[str, Any]]] = {}
+    found = columns.all_facts(run.uri, columns.QUARANTINE, len(run.shards))
+    shards = [shard for shard, facts in enumerate(found) if facts and facts["rows"]]
+    for shard in [shards[place] for place in evenly(len(shards), MOST_QUARANTINES)]:
         for entry in columns.read(run.uri, columns.QUARANTINE, shard).to_pylist():
             reason = re.sub(r"\d+", "#", entry["reason"])
             counts[reason] += 1
-            examples.setdefault(reason, entry)
-    return {reason: {"count": count, "example": examples[reason]} for reason, count in counts.most_common(50)}
+            if counts[reason] <= examples:
+                first.setdefault(reason, []).append(entry)
+    return {
+        reason: {"count": count, "example": first[reason][0], "examples": first[reason]}
+        for reason, count in counts.most_common(50)
+    }

@@ -1,0 +1,138 @@
+"""The report of a run: one HTML file that opens from disk without a network, with all its data and pictures inside."""
+
+import importlib.resources
+import json
+import time
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+from plotly.offline import get_plotlyjs
+
+from pipelines import columns, report_evaluation, report_words, storage
+from pipelines.report_data import collect
+from pipelines.report_scan import Limits
+from pipelines.run import Run, fingerprint
+from pipelines.summary import column_groups
+
+FILE = "report/index.html"
+PAGE = "report_page"
+ASSETS = ("page.html", "page.css", "page.js", "charts.js")
+
+
+def report(run: Run, class_names: Sequence[str] = (), limits: Limits | None = None) -> dict[str, Any]:
+    """Write RUN/report/index.html, unless it is there and nothing that it shows has changed.
+
+    Parameters
+    ----------
+    run : Run
+    class_names : sequence of str
+        Names to show where the run itself has none, in the order of the labels.
+    limits : Limits, optional
+        How much the page holds.
+
+    Returns
+    -------
+    entry : dict
+        path, samples, pictures, bytes, seconds, and `skipped`.
+
+    Raises
+    ------
+    ValueError
+        If there are fewer names than classes.
+    """
+    limits = limits or Limits()
+    source = fingerprint("report", _inputs(run), list(class_names), str(limits), [_asset(name) for name in ASSETS])
+    before, path = run.stage("report"), run.path(*FILE.split("/"))
+    if before and before["source"] == source and storage.exists(path):
+        return before | {"path": path, "skipped": True}
+    started = time.monotonic()
+    found = collect(run, limits, class_names)
+    page = render(run, found)
+    storage.write_text_atomic(path, page)
+    entry = {
+        "source": source,
+        "samples": found["samples"],
+        "pictures": len(found["data"].get("pictures", ())),
+        "bytes": len(page.encode()),
+        "seconds": time.monotonic() - started,
+    }
+    run.finish_stage("report", **entry)
+    return entry | {"path": path, "skipped": False}
+
+
+def _inputs(run: Run) -> list[Any]:
+    """What decides the page: the run's record, the sources of its columns, its evaluations."""
+    record = {name: value for name, value in run.record.items() if name != "versions"}
+    stages = {name: entry for name, entry in run.record["stages"].items() if name != "report"}
+    groups = [columns.QUARANTINE, *column_groups(run)]
+    facts = {group: columns.all_facts(run.uri, group, len(run.shards)) for group in groups}
+    sources = {group: [fact and fact["source"] for fact in found] for group, found in facts.items()}
+    evaluations = [[path, fingerprint(storage.read_bytes(path).decode())] for path in report_evaluation.files(run)]
+    return [record | {"stages": stages}, sources, evaluations]
+
+
+def render(run: Run, found: dict[str, Any]) -> str:
+    """The page of what `report_data.collect` found."""
+    evaluations, problems = report_evaluation.stored(run)
+    found["data"]["groups"] = report_evaluation.groups(evaluations)
+    found["data"]["title"] = report_words.run_name(run)
+    tables = {
+        "metrics": report_evaluation.metric_table(evaluations, found["data"].get("sets", {})),
+        "outside": report_evaluation.outside(evaluations),
+    }
+    environment = Environment(
+        loader=PackageLoader("pipelines", PAGE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )  # fmt: skip
+    environment.filters |= {"percent": report_words.percent, "number": report_words.number}
+    return environment.get_template("page.html").render(
+        **tables,
+        title=found["data"]["title"],
+        words=report_words,
+        run=run,
+        found=found,
+        notes=[*found["notes"], *problems],
+        sections=sections(found, bool(tables["metrics"]["rows"])),
+        made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        data=Markup(json_block(found["data"])),
+        css=Markup(_asset("page.css")),
+        script=Markup(_asset("page.js")),
+        charts=Markup(_asset("charts.js")),
+        plotly=Markup(get_plotlyjs()),
+    )
+
+
+def sections(found: dict[str, Any], evaluated: bool) -> dict[str, str]:
+    """Identifier and title of each section that this run has something for, in their order."""
+    data = found["data"]
+    there = {
+        "gallery": ("Hardest and easiest", data.get("gallery")),
+        "suspects": ("Likely label errors", data.get("suspects")),
+        "map": ("Hard or mislabelled", _mapped(data)),
+        "classes": ("Classes", len(data.get("per_class") or ()) > 1),
+        "scores": ("Scores", data.get("scores")),
+        "predictions": ("Predictions", evaluated),
+        "severity": ("Corruptions", data.get("severity")),
+        "agreement": ("Agreement", data.get("agreement")),
+        "quarantine": ("Left out", True),
+        "run": ("Run", True),
+    }
+    return {name: title for name, (title, something) in there.items() if something}
+
+
+def _mapped(data: dict[str, Any]) -> bool:
+    """Whether samples have both a margin and the main score."""
+    names = {score["name"] for score in data.get("scores", ())}
+    return {"difficulty.rmd", "difficulty.margin"} <= names
+
+
+def json_block(data: dict[str, Any]) -> str:
+    """JSON that can stand in a script element whatever strings it holds."""
+    text = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    return text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
+
+
+def _asset(name: str) -> str:
+    return importlib.resources.files("pipelines").joinpath(PAGE, name).read_text(encoding="utf-8")

@@ -1,0 +1,98 @@
+"""Small pictures of chosen samples for the report, from the original shards, within a number and an amount to read."""
+
+import base64
+import io
+from collections.abc import Iterable, Sequence
+
+import pyarrow as pa
+from PIL import Image
+
+from pipelines.report_scan import Limits
+from pipelines.run import Run
+from pipelines.shards import Shard, ShardChanged, read_images
+from pipelines.tarstream import StorageError
+from pipelines.tasks import in_order
+
+SIZE = 96  # pixels of the longer side; smaller pictures stay as they are
+QUALITY = 82
+Place = tuple[int, int]  # shard and row
+
+
+def pictures(run: Run, wanted: Iterable[Place], limits: Limits) -> tuple[dict[Place, str], list[str]]:
+    """Thumbnails of samples, the most wanted first.
+
+    Parameters
+    ----------
+    run : Run
+    wanted : iterable of (shard, row)
+        In order of importance.
+    limits : Limits
+        At most `pictures` of them, from the shards of the most wanted ones up to `read_bytes` in all.
+
+    Returns
+    -------
+    thumbnails : dict of (shard, row) -> str
+        WebP as base64.
+    notes : list of str
+        Shards that could not be read any more: their samples stay without a picture.
+    """
+    by_shard = _affordable(run, wanted, limits)
+    items = [(run.shards[shard], shard, tuple(sorted(rows))) for shard, rows in sorted(by_shard.items())]
+    found: dict[Place, str] = {}
+    notes = []
+    for part, problem in in_order(_shard_thumbnails, items, run.config.max_pixels):
+        found |= part
+        notes += [problem] if problem else []
+    return found, notes
+
+
+def _affordable(run: Run, wanted: Iterable[Place], limits: Limits) -> dict[int, set[int]]:
+    shards = run.shards
+    chosen: dict[int, set[int]] = {}
+    left, count = limits.read_bytes, 0
+    for shard, row in dict.fromkeys(wanted):
+        if count >= limits.pictures:
+            break
+        if shard not in chosen:
+            if shards[shard].size > left and chosen:
+                continue
+            left -= shards[shard].size
+            chosen[shard] = set()
+        chosen[shard].add(row)
+        count += 1
+    return chosen
+
+
+def _shard_thumbnails(
+    shard: Shard, position: int, rows: Sequence[int], max_pixels: int
+) -> tuple[dict[Place, str], str | None]:
+    """Ray task: thumbnails of some rows of a shard, and what was wrong with it."""
+    try:
+        images = read_images(shard, rows)
+    except ShardChanged as error:
+        return {}, str(error)
+    except StorageError as error:
+        return {}, f"{error}; its samples have no picture here"
+    found = {(position, row): thumbnail(image, max_pixels) for row, image in images}
+    return {place: picture for place, picture in found.items() if picture}, None
+
+
+def thumbnail(data: bytes, max_pixels: int, size: int = SIZE) -> str | None:
+    """An encoded image as base64 of a WebP whose longer side is at most `size` pixels; None if it is no image any more."""
+    try:
+        picture = Image.open(io.BytesIO(data))
+        if picture.width * picture.height > max_pixels:
+            return None
+        picture.draft("RGB", (2 * size, 2 * size))
+        picture = picture.convert("RGBA" if "A" in picture.getbands() or "transparency" in picture.info else "RGB")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return None
+    picture.thumbnail((size, size), Image.Resampling.LANCZOS)
+    stream = io.BytesIO()
+    picture.save(stream, "WEBP", quality=QUALITY, method=4)
+    return base64.b64encode(stream.getvalue()).decode()
+
+
+def places(table: pa.Table) -> list[Place]:
+    """(shard, row) of each row of a table."""
+    return list(zip(table["shard"].to_pylist(), table["row"].to_pylist()))
