@@ -5,7 +5,7 @@ computed in float64, scalars come back as Python floats, curves as float64 array
 Rates are fractions in [0, 1].
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -377,16 +377,30 @@ def bootstrap_interval(
     -----
     By hand because `scipy.stats.bootstrap` takes no (n, K) beside an (n,) and no replicate without a value.
     """
+    return joint_bootstrap_intervals(
+        lambda *rows: [metric(*rows)], *arrays, level=level, replicates=replicates, seed=seed
+    )[0]
+
+
+def joint_bootstrap_intervals(
+    metrics: Callable[..., Sequence[float]],
+    *arrays: Array,
+    level: float = 0.95,
+    replicates: int = 1000,
+    seed: int = 0,
+) -> list[Interval]:
+    """`bootstrap_interval` of each of several metrics that one function returns (`detection_metrics`), at the cost of one."""
     check_range("level", level, 0, 1, open_low=True)
     check_range("replicates", replicates, 1, np.inf)
     n = _common_length(arrays)
     random = np.random.default_rng(seed)
-    values = [_metric_or_none(metric, arrays, random.integers(0, n, n)) for _ in range(replicates)]
+    values = [_metrics_or_none(metrics, arrays, random.integers(0, n, n)) for _ in range(replicates)]
     defined = [value for value in values if value is not None]
     if 2 * len(defined) < replicates or not defined:
         raise UndefinedMetricError(f"metric: undefined on {len(values) - len(defined)} of {replicates} resamples")
     tails = [(1 - level) / 2, (1 + level) / 2]
-    return Interval(*map(float, np.quantile(defined, tails, method="inverted_cdf")))
+    bounds = np.quantile(np.stack(defined), tails, axis=0, method="inverted_cdf")
+    return [Interval(float(low), float(high)) for low, high in bounds.T]
 
 
 def _check(name: str, confidence: Array, outcomes: Array) -> tuple[np.ndarray, np.ndarray]:
@@ -464,10 +478,12 @@ def _common_length(arrays: tuple[Array, ...]) -> int:
     return lengths[0]
 
 
-def _metric_or_none(metric: Callable[..., float], arrays: tuple[Array, ...], rows: np.ndarray) -> float | None:
+def _metrics_or_none(
+    metrics: Callable[..., Sequence[float]], arrays: tuple[Array, ...], rows: np.ndarray
+) -> np.ndarray | None:
     try:
-        value = np.asarray(float(metric(*(array[rows] for array in arrays))))
+        values = np.asarray([float(value) for value in metrics(*(array[rows] for array in arrays))])
     except UndefinedMetricError:
         return None
-    check_no_nan("metric", value)
-    return float(value)
+    check_no_nan("metric", values)
+    return values

@@ -10,7 +10,14 @@ from scipy.special import expit, softmax
 
 from ops.arrays import to_numpy
 from ops.gaussian import Gaussians
-from ops.selective import UndefinedMetricError, bootstrap_interval, confidence, detection_metrics, true_rates
+from ops.selective import (
+    UndefinedMetricError,
+    bootstrap_interval,
+    confidence,
+    detection_metrics,
+    joint_bootstrap_intervals,
+    true_rates,
+)
 from pipelines import columns, storage
 from pipelines.evaluate import (
     METRICS,
@@ -27,6 +34,7 @@ from pipelines.run import Run
 from pipelines.tasks import in_order
 
 TRUST = "trust"
+OUTSIDE = ("fpr95", "auroc", "aupr_in", "aupr_out")
 
 
 def trust_schema() -> pa.Schema:
@@ -128,8 +136,8 @@ def _shard_trust(shard: int, run_uri: str, name: str) -> np.ndarray:
 
 
 def out_of_distribution(
-    run: Run, predictions: PredictionSet, other: Run, others: PredictionSet
-) -> tuple[dict[str, dict[str, float]], list[str]]:
+    run: Run, predictions: PredictionSet, other: Run, others: PredictionSet, replicates: int = 0, seed: int = 0
+) -> tuple[dict[str, dict[str, Any]], list[str]]:
     """How well confidences tell a run's samples from those of another run, all of which count as outside.
 
     Parameters
@@ -138,12 +146,15 @@ def out_of_distribution(
         In distribution, its samples being the positives.
     other, others
         Out of distribution: another run and the same classifier's predictions on it. Labels aren't looked at.
+    replicates, seed : int
+        Of the bootstrap over the samples of both; 0 leaves the intervals out.
 
     Returns
     -------
     metrics : dict
         For msp, entropy, max_logit and, where the encoders agree and `run` has Gaussians, rmd (minus the relative
-        distance to the nearest class, of `run`'s Gaussians): fpr95, auroc, aupr_in, aupr_out, each in [0, 1].
+        distance to the nearest class, of `run`'s Gaussians): fpr95, auroc, aupr_in, aupr_out, each in [0, 1], and
+        with replicates `intervals`, the 95 % interval of each.
     notes : list of str
         Why a score is left out.
     """
@@ -157,12 +168,19 @@ def out_of_distribution(
     if not notes:
         gaussians = load_gaussians(run)
         inside["rmd"], outside["rmd"] = (-_nearest_rmd(p, gaussians) for p in (predictions, others))
-    found = {}
-    for name in inside:
-        values = np.concatenate([inside[name], outside[name]])
-        metrics = detection_metrics(values, np.arange(len(values)) < len(inside[name]))
-        found[name] = dict(zip(("fpr95", "auroc", "aupr_in", "aupr_out"), metrics))
-    return found, notes
+    values = {name: np.concatenate([inside[name], outside[name]]) for name in inside}
+    is_inside = np.arange(len(values["msp"])) < len(inside["msp"])
+    found = in_order(_detection, [(values[name],) for name in values], is_inside, replicates, seed)
+    return dict(zip(values, found)), notes
+
+
+def _detection(values: np.ndarray, is_inside: np.ndarray, replicates: int, seed: int) -> dict[str, Any]:
+    """Ray task: the metrics of one score, with intervals if there are replicates."""
+    found: dict[str, Any] = dict(zip(OUTSIDE, detection_metrics(values, is_inside)))
+    if replicates:
+        intervals = joint_bootstrap_intervals(detection_metrics, values, is_inside, replicates=replicates, seed=seed)
+        found["intervals"] = dict(zip(OUTSIDE, map(tuple, intervals)))
+    return found
 
 
 def _no_rmd(run: Run, other: Run) -> str | None:

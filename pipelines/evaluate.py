@@ -19,9 +19,9 @@ from ops.selective import (
     accuracy_rejection_curve,
     augrc,
     aurc,
-    bootstrap_interval,
     detection_metrics,
     excess_aurc,
+    joint_bootstrap_intervals,
     risk_at_coverage,
     separability,
 )
@@ -298,26 +298,36 @@ def bootstrap_intervals(
     """95 % percentile intervals of METRICS by `names` and of the means given; those undefined are left out."""
     if not replicates:
         return {}
-    arrays = dict.fromkeys(names, pair) | {name: (values,) for name, values in means.items()}
+    # Those of failure detection come out of one pass over the samples.
+    units = [(name,) for name in (*names, *means) if name not in DetectionMetrics._fields]
+    units += [DetectionMetrics._fields] if set(DetectionMetrics._fields) <= set(names) else []
     # A few tasks, not one per metric: starting a worker costs more than some thousand small sorts.
-    batches = [(list(arrays)[start::TASKS],) for start in range(TASKS)]
+    batches = [(units[start::TASKS],) for start in range(TASKS)]
     found: dict[str, tuple[float, float]] = {}
-    for part in in_order(_bootstrap, batches, arrays, replicates, seed):
+    for part in in_order(_bootstrap, batches, pair, means, replicates, seed):
         found |= part
-    return {name: found[name] for name in arrays if name in found}
+    return {name: found[name] for name in (*names, *means) if name in found}
 
 
 def _bootstrap(
-    names: list[str], arrays: dict[str, tuple[np.ndarray, ...]], replicates: int, seed: int
+    units: list[tuple[str, ...]], pair: Confidences, means: dict[str, np.ndarray], replicates: int, seed: int
 ) -> dict[str, tuple[float, float]]:
     found = {}
-    for name in names:
-        metric = METRICS.get(name, lambda values: float(values.mean()))
+    for unit in units:
+        arrays = (means[unit[0]],) if unit[0] in means else pair
         try:
-            found[name] = tuple(bootstrap_interval(metric, *arrays[name], replicates=replicates, seed=seed))
+            intervals = joint_bootstrap_intervals(_metrics_of(unit), *arrays, replicates=replicates, seed=seed)
         except UndefinedMetricError:
             continue
+        found |= dict(zip(unit, map(tuple, intervals)))
     return found
+
+
+def _metrics_of(unit: tuple[str, ...]) -> Callable[..., Sequence[float]]:
+    if unit == DetectionMetrics._fields:
+        return detection_metrics
+    metric = METRICS.get(unit[0], lambda values: float(values.mean()))
+    return lambda *arrays: [metric(*arrays)]
 
 
 def _figure_data(outcomes: Outcomes) -> dict[str, Any]:

@@ -75,7 +75,9 @@ def side_by_side(run: Run, question: Question, other: Run | None = None, calibra
             notes += [note] if note else []
     record = {evaluation.name: evaluation.record() for evaluation in found}
     for name, predictions in outside.items():
-        metrics, reasons = detection.out_of_distribution(run, used[name], other, predictions)
+        metrics, reasons = detection.out_of_distribution(
+            run, used[name], other, predictions, question.bootstrap, question.seed
+        )
         record[name]["ood"] = {"run": other.uri, "notes": reasons, **metrics}
         notes += reasons
     trusts = {
@@ -181,7 +183,7 @@ def show(answer: Answer, say: Callable[[str], Any]) -> None:
         if "ood" in record:
             say(f"\nagainst {record['ood']['run']}, in percent: {name}")
             scores = [(score, v) for score, v in record["ood"].items() if isinstance(v, dict)]
-            _table(scores, ("fpr95", "auroc", "aupr_in", "aupr_out"), say)
+            _table(scores, detection.OUTSIDE, say)
     groups = [s for e in answer.found for s in e.slices if s["slice"] == "group"]
     if groups:
         say("\nby group, in percent")

@@ -10,6 +10,7 @@ from scipy.stats import norm
 
 from ops.calibration import negative_log_likelihood
 from ops.selective import (
+    DetectionMetrics,
     UndefinedMetricError,
     accuracy_rejection_curve,
     augrc,
@@ -21,6 +22,7 @@ from ops.selective import (
     fpr_at_tpr,
     gaussian_kl,
     gaussian_separability,
+    joint_bootstrap_intervals,
     optimal_aurc,
     risk_at_coverage,
     risk_coverage_curve,
@@ -302,6 +304,17 @@ def test_bootstrap_resamples_arrays_together():
     x = np.arange(30)
     y = torch.arange(30)
     assert bootstrap_interval(lambda a, b: np.abs(a - b.numpy()).max(), x, y, replicates=20) == (0, 0)
+
+
+def test_bootstrap_of_several_metrics_is_that_of_each():
+    rng = np.random.default_rng(3)
+    scores, correct = rng.random(60), rng.random(60) < 0.7
+    together = joint_bootstrap_intervals(detection_metrics, scores, correct, replicates=40, seed=2)
+    for number, name in enumerate(DetectionMetrics._fields):
+        alone = bootstrap_interval(
+            lambda s, c, at=number: detection_metrics(s, c)[at], scores, correct, replicates=40, seed=2
+        )
+        assert together[number] == alone, name
 
 
 def test_bootstrap_of_undefined_and_infinite_replicates():

@@ -317,7 +317,12 @@ def test_out_of_distribution_by_four_scores(predicted, tmp_path):
     other, features, labels = make_run(tmp_path, seed=9, sizes=(20, 10))
     outside = 0.3 * noisy_logits(labels, seed=6)
     write_predictions(other, outside)
-    found, notes = detection.out_of_distribution(run, open_predictions(run, "p"), other, open_predictions(other, "p"))
+    found, notes = detection.out_of_distribution(
+        run, open_predictions(run, "p"), other, open_predictions(other, "p"), replicates=30
+    )
+    for metrics in found.values():
+        intervals = metrics.pop("intervals")
+        assert all(low <= metrics[name] <= high and low < high for name, (low, high) in intervals.items())
     assert notes == [] and set(found) == {"msp", "entropy", "max_logit", "rmd"}
     inside = np.arange(len(logits) + len(outside)) < len(logits)
     values = np.concatenate([logits.max(axis=1), outside.astype(np.float32).max(axis=1)])
