@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 export RAY_ENABLE_UV_RUN_RUNTIME_ENV := 0
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: setup demo test test-slow lint bench clean
+.PHONY: setup demo test test-slow lint bench style clean
 
 setup: $(VENV)/.ready
 $(VENV)/.ready: requirements.lock pyproject.toml
@@ -31,6 +31,9 @@ lint: setup
 
 bench: setup
 	for question in benchmarks/bench_*.py; do $(BIN)/python $$question || exit 1; done
+
+style: setup
+	$(BIN)/python benchmarks/style.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
