@@ -14,13 +14,9 @@ def at_least(options: object, low: float, names: Iterable[str]) -> None:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class RunOptions:
-    """Where the run is, and how it is told."""
+class SessionOptions:
+    """Ray, and how the result is told."""
 
-    run: str
-    """run directory: a local path, s3://bucket/path, or what pyarrow.fs or fsspec opens"""
-    mlflow: str | None = None
-    """MLflow tracking URI, or none (default: MLFLOW_TRACKING_URI, else sqlite in ./mlflow.db)"""
     json: bool = False
     """print one JSON object as the last line: counts, seconds, paths, metrics"""
     ray_address: str = "auto"
@@ -30,15 +26,13 @@ class RunOptions:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SessionOptions:
-    """Ray, and how the result is told, of commands that need no run."""
+class RunOptions(SessionOptions):
+    """Where the run is, and how it is told."""
 
-    json: bool = False
-    """print one JSON object as the last line: counts, seconds, paths, metrics"""
-    ray_address: str = "auto"
-    """a cluster's address, local for a Ray of its own, or auto: RAY_ADDRESS where it is set (as in a Ray job), else local"""
-    ray_cpus: int | None = None
-    """CPU cores of a local Ray (default: all)"""
+    run: str
+    """run directory: a local path, s3://bucket/path, or what pyarrow.fs or fsspec opens"""
+    mlflow: str | None = None
+    """MLflow tracking URI, or none (default: MLFLOW_TRACKING_URI, else sqlite in ./mlflow.db)"""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -24,7 +24,7 @@ for name, value in QUIET.items():
 
 
 @contextlib.contextmanager
-def ray_session(options: RunOptions | SessionOptions) -> Iterator[None]:
+def ray_session(options: SessionOptions) -> Iterator[None]:
     """A connection to Ray: the one that is there, the cluster asked for, or a local one that ends with the command."""
     import ray
 
