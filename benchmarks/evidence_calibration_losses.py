@@ -23,14 +23,20 @@ from pipelines.run import Run
 from pipelines.sidebyside import Question, draw, side_by_side, store_figures
 from pipelines.train import Choices
 
+# Name in folders and predictions -> name in tables, loss, the parameters to choose from.
 LOSSES = {
-    "CE": ("cross_entropy", [{}]),
-    "FL-53": ("focal_53", [{}]),
-    "inverse focal": ("inverse_focal", [{"gamma": g} for g in (1.0, 2.0, 3.0)]),
-    "dual focal": ("dual_focal", [{"gamma": g} for g in (1.0, 2.6, 5.0)]),
-    "KDE-XE": ("kde_cross_entropy", [{"lam": 0.3}]),
-    "AURC": ("aurc", [{}]),
-    "AU": ("selective_aurc", [{"nu": n, "coverage": c} for n in (0.1, 0.3, 0.7) for c in (0.5, 0.75)]),
+    "cross_entropy": ("CE", "cross_entropy", [{}]),
+    "focal_53": ("FL-53", "focal_53", [{}]),
+    "inverse_focal": ("inverse focal", "inverse_focal", [{"gamma": g} for g in (1.0, 2.0, 3.0)]),
+    "dual_focal": ("dual focal", "dual_focal", [{"gamma": g} for g in (1.0, 2.6, 5.0)]),
+    "kde_cross_entropy": ("KDE-XE", "kde_cross_entropy", [{"lam": 0.3}]),
+    "aurc": ("AURC", "aurc", [{}]),
+    "selective_aurc": (
+        "AU",
+        "selective_aurc",
+        [{"nu": n, "coverage": c} for n in (0.1, 0.3, 0.7) for c in (0.5, 0.75)],
+    ),
+    "selective_aurc_default": ("AU, default", "selective_aurc", [{"nu": 0.3, "coverage": 0.75}]),
 }
 METRICS = ("accuracy", "ece", "ece_mass", "cwece", "nll")
 
@@ -50,10 +56,10 @@ def main() -> None:
 
 def measure(asked: argparse.Namespace) -> None:
     run, test = Run.open(asked.train), Run.open(asked.test)
-    chosen = {name: choose(run, asked, name) for name in LOSSES}
+    chosen = {key: choose(run, asked, key) for key in LOSSES}
     heads = [
-        Head(str(asked.out / f"{loss}-{seed}"), LossChoice(loss, chosen[name]), recipe(asked, seed), choices(asked))
-        for name, (loss, _) in LOSSES.items()
+        Head(str(asked.out / f"{key}-{seed}"), LossChoice(loss, chosen[key]), recipe(asked, seed), choices(asked))
+        for key, (_, loss, _) in LOSSES.items()
         for seed in range(asked.seeds)
     ]
     train_heads(run, heads, asked.processes)
@@ -67,7 +73,7 @@ def measure(asked: argparse.Namespace) -> None:
     drawn = {name: figure for name, figure in draw(answer).items() if name.removesuffix("-reliability") in shown}
     store_figures(test, drawn)
     (asked.out / "results.json").write_text(json.dumps(answer.record, indent=1))
-    replace_section(asked.report, "tables", report(asked, answer.record, chosen, test))
+    replace_section(asked.report, "tables", report(asked, answer.record, chosen))
 
 
 def recipe(asked: argparse.Namespace, seed: int) -> Recipe:
@@ -78,9 +84,9 @@ def choices(asked: argparse.Namespace) -> Choices:
     return Choices(model=asked.model, holdout=0.1)
 
 
-def choose(run: Run, asked: argparse.Namespace, name: str) -> dict:
+def choose(run: Run, asked: argparse.Namespace, key: str) -> dict:
     """The parameters of a loss with the lowest NLL on the held-out tenth after the last epoch."""
-    loss, grid = LOSSES[name]
+    name, loss, grid = LOSSES[key]
     if len(grid) == 1:
         return grid[0]
     label = ["-".join(f"{k}{v:g}" for k, v in params.items()) for params in grid]
@@ -93,27 +99,32 @@ def choose(run: Run, asked: argparse.Namespace, name: str) -> dict:
     return grid[nll.index(min(nll))]
 
 
-def report(asked: argparse.Namespace, record: dict, chosen: dict[str, dict], test: Run) -> str:
-    def over_seeds(loss: str, suffix: str, metric: str) -> list[float | None]:
-        return [record[f"{loss}-{seed}{suffix}"][metric] for seed in range(asked.seeds)]
+def report(asked: argparse.Namespace, record: dict, chosen: dict[str, dict]) -> str:
+    def over_seeds(key: str, suffix: str, metric: str) -> list[float | None]:
+        return [record[f"{key}-{seed}{suffix}"][metric] for seed in range(asked.seeds)]
 
-    names = {loss: name for name, (loss, _) in LOSSES.items()}
+    names = {key: name for key, (name, _, _) in LOSSES.items()}
     first = [
-        [names[loss], ", ".join(f"{k} {v:g}" for k, v in chosen[names[loss]].items()) or "–"]
-        + [spread(over_seeds(loss, "", m), 1 if m == "nll" else 100, 3 if m == "nll" else 2) for m in METRICS]
-        for loss in names
+        [name, ", ".join(f"{k} {v:g}" for k, v in chosen[key].items()) or "–"]
+        + [spread(over_seeds(key, "", m), 1 if m == "nll" else 100, 3 if m == "nll" else 2) for m in METRICS]
+        for key, name in names.items()
     ]
-    text = f"{datetime.date.today()}, {asked.model} on {encoder_of(Run.open(asked.train))}, {asked.epochs} epochs, "
-    text += (
-        f"{asked.seeds} seeds, {record['cross_entropy-0']['samples']:,} test samples; in percent but for NLL (nats)\n\n"
-    )
+    run, samples = Run.open(asked.train), record["cross_entropy-0"]["samples"]
+    images = sum(facts["rows"] for facts in run.embedding_facts())
+    text = f"{datetime.date.today()}, {asked.model} on {encoder_of(run)}, {images:,} training images, a tenth of them held out, "
+    text += f"{asked.epochs} epochs, {asked.seeds} seeds, {samples:,} test samples; in percent but for NLL (nats)\n\n"
     text += table(["loss", "chosen", "accuracy", "ECE", "ECE, equal mass", "class-wise ECE", "NLL"], first)
-    for metric, title in (("cwece", "class-wise ECE (as Table 1)"), ("ece_mass", "ECE, equal mass (as Table 4)")):
+    titles = {
+        "cwece": "class-wise ECE (as Table 1)",
+        "ece": "ECE, equal width (as Table 2)",
+        "ece_mass": "ECE, equal mass (as Table 4)",
+    }
+    for metric, title in titles.items():
         rows = []
         for suffix in ("", *(f".{method}" for method in METHODS)):
             cells = [
-                f"{spread(over_seeds(loss, suffix, metric))} [{spread(over_seeds(loss, suffix, 'accuracy'), digits=1)}]"
-                for loss in names
+                f"{spread(over_seeds(key, suffix, metric))} [{spread(over_seeds(key, suffix, 'accuracy'), digits=1)}]"
+                for key in names
             ]
             rows.append([suffix.lstrip(".") or "before", *cells])
         text += f"\n{title}, accuracy in brackets\n\n" + table(["", *names.values()], rows)
