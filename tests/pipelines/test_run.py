@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from pipelines.run import CorpusConfig, Run
+from pipelines.run import CorpusConfig, Run, fingerprint, fingerprints
 from pipelines.shards import Shard
 
 CONFIG = CorpusConfig(encoder="pixels:8", encoder_fingerprint="abc", width=64)
@@ -66,3 +66,25 @@ def test_no_run_there(tmp_path):
 def test_a_run_lives_on_an_object_store(s3_folder):
     Run.create(f"{s3_folder}/run", CONFIG, SHARDS).finish_stage("embed", rows=3)
     assert Run.open(f"{s3_folder}/run").stage("embed")["rows"] == 3
+
+
+def test_run_json_has_a_line_per_shard_and_is_plain_json(tmp_path):
+    run = Run.create(str(tmp_path), CONFIG, SHARDS)
+    lines = (tmp_path / "run.json").read_text().splitlines()
+    assert [json.loads(line.strip().rstrip(","))["url"] for line in lines if '"url"' in line] == [s.url for s in SHARDS]
+    (tmp_path / "run.json").write_text(json.dumps(run.record, indent=1))  # as earlier versions wrote it
+    assert Run.open(str(tmp_path)).shards == SHARDS
+    assert Run.create(str(tmp_path / "none"), CONFIG, []).shards == Run.open(str(tmp_path / "none")).shards == []
+
+
+def test_shards_are_those_of_the_record(tmp_path):
+    run = Run.create(str(tmp_path), CONFIG, SHARDS[:1])
+    assert run.shards is run.shards
+    run.record["shards"] = [dataclasses.asdict(shard) for shard in SHARDS]
+    assert run.shards == SHARDS
+
+
+@pytest.mark.parametrize("last", ["digest", None, {"b": 1, "a": [2]}])
+def test_fingerprints_of_many_are_those_of_one(last):
+    parts = ("embeddings", {"z": 1, "a": ("é", None)})
+    assert fingerprints(*parts)(last) == fingerprint(*parts, last)
