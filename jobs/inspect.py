@@ -43,6 +43,11 @@ def _show(summary: dict) -> None:
     for name, entry in summary["stages"].items():
         seconds = f", {entry['seconds']:.1f} s" if "seconds" in entry else ""
         say(f"stage {name}: finished {entry['finished']}{seconds}")
+    for name, entry in (summary["plan"] or {}).items():
+        if name != "note":
+            say(f"planned {name}: {entry['planned']:,.4g}, actual {entry['actual']:,.4g}")
+        else:
+            say(f"planned, note: {entry}")
 
 
 COMMAND = Command("inspect", __doc__, (RunOptions,), inspect)
