@@ -18,7 +18,7 @@ from pipelines import columns, storage
 from pipelines.progress import Progress
 from pipelines.run import Run, StageFailed, fingerprint
 from pipelines.shards import Shard, write_subset_shard
-from pipelines.tasks import in_order
+from pipelines.tasks import in_order, merged_parts
 
 DIGITS = ((21, 11), (10, 11), (0, 10))  # (shift, bits) of the three passes over 32 bits, highest first
 MANIFEST_SCHEMA = pa.schema(
