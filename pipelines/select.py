@@ -119,7 +119,8 @@ def find_cut(run: Run, rule: Rule) -> tuple[Cut, np.ndarray]:
     shards = [(shard,) for shard in range(len(run.shards))]
     prefix, left, wanted = np.zeros(num_classes, np.uint64), None, None
     for shift, bits in DIGITS:
-        counts = sum(in_order(_histogram, shards, run.uri, rule, num_classes, prefix, shift, bits))
+        shared = (run.uri, rule, num_classes, prefix, shift, bits)
+        counts = sum(part for part, _ in merged_parts(_histogram, shards, *shared, merge=np.add))
         if left is None:
             wanted = rule.wanted(counts.sum(axis=1))
             left = wanted.copy()
