@@ -41,9 +41,97 @@ class _Known(NamedTuple):
 _known: dict[str, dict[int, _Known]] = {}
 
 
-def score_field(name: str, meaning: str, higher: str) -> pa.Field:
-    """A float32 score column whose Arrow metadata says what it is and in which direction it points."""
-    return pa.field(name, pa.float32(), metadata={"meaning": meaning, "direction": f"higher = {higher}"})
+class Score(NamedTuple):
+    """What a score column's Arrow field metadata says of it."""
+
+    meaning: str
+    direction: str
+    unit: str
+    source: str
+
+
+_CUI, _SQUARED = "Cui et al. 2023", "squared distance, dimensionless"
+_MEMBERS = "Albiero et al. 2023"
+# Every score column. Of percentiles see `percentile_fields`.
+SCORES = {
+    "difficulty.md": Score(
+        "squared Mahalanobis distance to the labelled class", "larger = harder", _SQUARED, f"{_CUI}, eq. 6"
+    ),
+    "difficulty.md_agn": Score(
+        "squared Mahalanobis distance to the class-agnostic Gaussian", "larger = harder", _SQUARED, f"{_CUI}, eq. 7"
+    ),
+    "difficulty.rmd": Score(
+        "md - md_agn; without a label, of the nearest class", "larger = harder", _SQUARED, f"{_CUI}, eq. 5"
+    ),
+    "difficulty.weight": Score("weight of eq. 10", "larger = harder", "fraction in [0, 1]", f"{_CUI}, eq. 10"),
+    "difficulty.nearest_md": Score(
+        "squared Mahalanobis distance to the nearest class", "larger = harder", _SQUARED, f"{_CUI}, eq. 6"
+    ),
+    "difficulty.margin": Score(
+        "md - the smallest md of another class",
+        "larger = more suspicious label; above 0 = nearer another class",
+        _SQUARED,
+        "hardset",
+    ),
+    "difficulty.kmeans": Score(
+        "Euclidean distance to the nearest k-means centre", "larger = harder", "distance in the embedding", "hardset"
+    ),
+    "confusion.confusion": Score(
+        "entropy of the members' mean probabilities, mean over epochs",
+        "larger = harder",
+        "bits",
+        f"{_MEMBERS}, eq. 1-3",
+    ),
+    "confusion.entropy_std": Score(
+        "standard deviation over the epochs of the entropy", "larger = less settled", "bits", "hardset"
+    ),
+    "predictions.confidence": Score(
+        "largest softmax probability", "larger = safer", "probability in [1/K, 1]", "Hendrycks and Gimpel 2017"
+    ),
+    "trust.trust": Score(
+        "the oracle's z: a signed distance or a logit; sigmoid(z) is the confidence",
+        "larger = safer; above 0 = trusted",
+        "logit",
+        "Luo et al. 2021",
+    ),
+    "correctness.correctness": Score(
+        "share of the training epochs in which the sample was right", "larger = easier", "fraction in [0, 1]", "hardset"
+    ),
+}
+# The scores that get percentiles, by column group.
+RANKED = {DIFFICULTY: ("rmd", "margin"), "confusion": ("confusion",)}
+
+
+def score_field(column: str) -> pa.Field:
+    """A float32 column of `SCORES`, with what it is, in which direction it points, its unit and source as metadata."""
+    return pa.field(column.rpartition(".")[2], pa.float32(), metadata=SCORES[column]._asdict())
+
+
+def percentile_fields(column: str) -> list[pa.Field]:
+    """The two columns that say where a score stands: `NAME_percentile` among all, `NAME_percentile_in_class`."""
+    name = column.rpartition(".")[2]
+    direction = SCORES[column].direction.partition(";")[0]
+    fields = []
+    for suffix, among in (("", "all samples"), ("_in_class", "the samples of its class")):
+        about = {
+            "meaning": f"share of {among} of the reference whose {name} does not exceed this one's; ties share it",
+            "direction": direction,
+            "unit": "fraction in [0, 1]",
+            "percentile_of": name,
+        }
+        fields.append(pa.field(f"{name}_percentile{suffix}", pa.float32(), metadata=about))
+    return fields
+
+
+def known_field(group: str, field: pa.Field) -> pa.Field:
+    """The field with today's metadata, where it is a score of ours: files of an older version may say less."""
+    column = f"{group}.{field.name}"
+    return score_field(column) if column in SCORES else field
+
+
+def about(field: pa.Field) -> dict[str, str]:
+    """The metadata of a column as text: `meaning`, `direction`, `unit`, `source`; of a percentile `percentile_of`."""
+    return {key.decode(): value.decode() for key, value in (field.metadata or {}).items()}
 
 
 def embeddings_schema(width: int, dtype: str, views: int) -> pa.Schema:
@@ -59,18 +147,13 @@ DIFFICULTY_SCHEMA = pa.schema(
     [
         *KEYS,
         LABEL,
-        score_field("md", "squared Mahalanobis distance to the labelled class", "harder"),
-        score_field("md_agn", "squared Mahalanobis distance to the class-agnostic Gaussian", "harder"),
-        score_field("rmd", "md - md_agn; without a label, of the nearest class", "harder"),
-        score_field("weight", "eq. 10 of Cui et al. 2023, in [0, 1]", "harder"),
+        *(score_field(f"difficulty.{name}") for name in ("md", "md_agn", "rmd", "weight")),
         pa.field("nearest_class", pa.int64()),
-        score_field("nearest_md", "squared Mahalanobis distance to the nearest class", "harder"),
-        score_field(
-            "margin", "md - the smallest md of another class", "more suspicious label; above 0 = nearer another"
-        ),
+        *(score_field(f"difficulty.{name}") for name in ("nearest_md", "margin")),
+        *(field for name in RANKED[DIFFICULTY] for field in percentile_fields(f"difficulty.{name}")),
     ]
 )
-KMEANS = score_field("kmeans", "Euclidean distance to the nearest k-means centre", "harder")
+KMEANS = score_field("difficulty.kmeans")
 
 QUARANTINE_SCHEMA = pa.schema(
     [

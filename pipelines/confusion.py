@@ -22,7 +22,7 @@ import torch
 from ray.data import ActorPoolStrategy
 
 from ops.head_ensemble import HeadEntropies
-from pipelines import columns
+from pipelines import columns, percentiles
 from pipelines.members import Member, find_member, load_epoch, report
 from pipelines.progress import Progress
 from pipelines.run import Run, StageFailed, fingerprint
@@ -31,14 +31,13 @@ CONFUSION = "confusion"
 SCHEMA = pa.schema(
     [
         *columns.KEYS,
-        columns.score_field(
-            "confusion", "entropy of the members' mean probabilities, mean over epochs, bits; Albiero et al. 2023", "harder"
-        ),
+        columns.score_field("confusion.confusion"),
         pa.field("epochs", pa.int32(), metadata={"meaning": "epochs T that the score is a mean over"}),
         pa.field("seeds", pa.int32(), metadata={"meaning": "members M whose probabilities are averaged"}),
-        columns.score_field("entropy_std", "standard deviation over the epochs of the entropy, bits", "less settled"),
+        columns.score_field("confusion.entropy_std"),
+        *columns.percentile_fields("confusion.confusion"),
     ]
-)  # fmt: skip
+)
 
 
 class Training(Protocol):
@@ -115,7 +114,8 @@ def confusion_table(keys: pa.RecordBatch | pa.Table, entropies: np.ndarray, seed
         "entropy_std": entropies.std(axis=1, dtype=np.float64),
     }
     data = {field.name: keys[field.name] for field in columns.KEYS} | values
-    return pa.table({name: data[name] for name in SCHEMA.names}).cast(SCHEMA)
+    unknown = pa.nulls(rows, pa.float32())  # percentiles, until all shards are scored
+    return pa.table({name: data.get(name, unknown) for name in SCHEMA.names}).cast(SCHEMA)
 
 
 def plan_members(run: Run, training: Training, seeds: Sequence[int]) -> list[Member]:
@@ -179,14 +179,17 @@ def score(
     facts = run.embedding_facts()
     made_from = [member.source for member in members]
     sources = [fingerprint(CONFUSION, f["source"], made_from, epochs) for f in facts]
-    there = columns.all_facts(run.uri, CONFUSION, len(facts))
-    pending = [s for s, source in enumerate(sources) if not there[s] or there[s]["source"] != source]
+    reference = fingerprint("reference", sources)
+    final = [percentiles.source_of(source, reference) for source in sources]
+    # New shards change every percentile but no older score: files that were scored are only completed again.
+    incomplete, pending = percentiles.what_is_left(run, CONFUSION, sources, final)
     progress = Progress(CONFUSION, len(pending), skipped=len(facts) - len(pending))
     constructor = (scorer, trained.uri, tuple(members), epochs, plan, run.uri)
     for shard, rows in _score_shards(pending, sources, constructor, plan):
         if rows != facts[shard]["rows"]:
             raise StageFailed(f"confusion: shard {shard} has {facts[shard]['rows']} embeddings, {rows} were scored")
         progress.shard(rows)
+    _complete(run, incomplete, final, reference)
     counts = {
         "rows": sum(f["rows"] for f in facts),
         "shards_done": len(pending),
@@ -197,6 +200,14 @@ def score(
     if pending or run.stage(CONFUSION) is None:
         run.finish_stage(CONFUSION, **counts, **entry, members=report(members, epochs))
     return counts | entry
+
+
+def _complete(run: Run, shards: Sequence[int], sources: Sequence[str], reference: str) -> None:
+    """Add the percentiles, once all shards of the run are scored."""
+    if shards:
+        rows = [facts["rows"] for facts in run.embedding_facts()]
+        tables = percentiles.load(run, CONFUSION, reference) or percentiles.count(run, CONFUSION, rows, reference)
+        percentiles.complete(run, CONFUSION, shards, sources, tables)
 
 
 def _score_shards(

@@ -39,10 +39,7 @@ OUTSIDE = ("fpr95", "auroc", "aupr_in", "aupr_out")
 
 def trust_schema() -> pa.Schema:
     """Schema of `trust/NAME`."""
-    z = columns.score_field(
-        "trust", "the oracle's z: a signed distance or a logit; sigmoid(z) is the confidence", "safer"
-    )
-    return pa.schema([*columns.KEYS, z, pa.field("trusted", pa.bool_())])
+    return pa.schema([*columns.KEYS, columns.score_field("trust.trust"), pa.field("trusted", pa.bool_())])
 
 
 def trust_facts(run: Run, name: str) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import numpy as np
 from ops.arrays import import_cupy
 from ops.difficulty import Reference
 from ops.gaussian import Gaussians, GaussianStats
-from pipelines import columns, storage
+from pipelines import columns, percentiles, storage
 from pipelines.progress import Progress
 from pipelines.run import Run, fingerprint
 from pipelines.tasks import in_order, merged_parts
@@ -145,6 +145,7 @@ def adopt(run: Run, other: Run) -> dict:
     entry, gaussians = other.stage("fit"), load_gaussians(other)
     _refuse_unknown_classes(run, gaussians, other)
     adopted = {"source": entry["source"], "from": other.uri, **describe(gaussians)}
+    adopted["percentiles"] = percentiles.adopt(run, other)
     before, classes = run.stage("fit") or {}, list(gaussians.class_names or ())
     if before != before | adopted or run.classes != classes:
         run.record["classes"] = classes

@@ -27,7 +27,7 @@ def predictions_schema(num_classes: int) -> pa.Schema:
     """Schema of `predictions/NAME`; softmax(logits) are the probabilities, calibrated ones too."""
     fields = [*columns.KEYS, columns.LABEL, pa.field("logits", pa.list_(pa.float32(), num_classes))]
     fields.append(pa.field("prediction", pa.int64()))
-    return pa.schema([*fields, columns.score_field("confidence", "largest softmax probability, in [1/K, 1]", "safer")])
+    return pa.schema([*fields, columns.score_field("predictions.confidence")])
 
 
 def check_name(option: str, name: str) -> None:

@@ -19,7 +19,7 @@ RECORD = "run.json"
 # What --overwrite removes: only what stages write, never a folder that merely happens to lie there.
 PRODUCTS = (
     columns.EMBEDDINGS, columns.DIFFICULTY, columns.QUARANTINE, "gaussians.npz", "kmeans.npz", "confusion", "correctness",
-    "predictions", "trust", "subsets", "report", "evaluation", "models", ".parts",
+    "predictions", "trust", "percentiles", "subsets", "report", "evaluation", "models", ".parts",
 )  # fmt: skip
 LIBRARIES = ("hardset", "ray", "torch", "torchvision", "numpy", "pyarrow", "open_clip_torch", "timm", "webdataset")
 

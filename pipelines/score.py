@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import time
+from collections.abc import Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -10,7 +11,7 @@ import pyarrow as pa
 from ops.arrays import to_numpy
 from ops.difficulty import Reference, difficulty_weight, fit_centers, kmeans_difficulty
 from ops.gaussian import Gaussians
-from pipelines import columns, storage
+from pipelines import columns, percentiles, storage
 from pipelines.fit import _on, load_gaussians
 from pipelines.progress import Progress
 from pipelines.run import Run, fingerprint
@@ -33,22 +34,28 @@ class Weighting:
 def score_shard(
     shard: int,
     source: str,
+    scored: str,
     embeddings: str,
     run_uri: str,
     gaussians: Gaussians,
     weighting: Weighting,
     centers: np.ndarray | None,
     device: str,
+    tables: percentiles.Tables | None,
 ) -> int:
-    """Ray task: write one shard's difficulty columns; returns its rows."""
+    """Ray task: write one shard's difficulty columns, percentiles too if ranks are given; returns its rows."""
     schema = columns.DIFFICULTY_SCHEMA if centers is None else columns.DIFFICULTY_SCHEMA.append(columns.KMEANS)
     names = [field.name for field in columns.KEYS] + ["label", "embedding"]
-    tables = [
+    batches = [
         _score_batch(batch, gaussians, weighting, centers, device, schema)
         for batch in columns.iter_batches(run_uri, columns.EMBEDDINGS, shard, names)
     ]
-    table = columns.concat(tables, schema)
-    columns.write(run_uri, columns.DIFFICULTY, shard, table, source, embeddings=embeddings)
+    table = columns.concat(batches, schema)
+    if tables is not None:
+        table = percentiles.with_percentiles(
+            table, columns.DIFFICULTY, columns.labels_or_minus_one(table["label"]), tables
+        )
+    columns.write(run_uri, columns.DIFFICULTY, shard, table, source, scored=scored, embeddings=embeddings)
     return table.num_rows
 
 
@@ -73,7 +80,8 @@ def _score_batch(
         values["kmeans"] = kmeans_difficulty(features, centers=centers)
     data = {name: batch[name] for name in ("key", "shard", "row", "label")}
     data |= {name: _nullable(value) for name, value in values.items()}
-    return pa.table({name: data[name] for name in schema.names}).cast(schema)
+    unknown = pa.nulls(batch.num_rows, pa.float32())  # percentiles
+    return pa.table({name: data.get(name, unknown) for name in schema.names}).cast(schema)
 
 
 def _weight(rmd: np.ndarray, weighting: Weighting, gaussians: Gaussians) -> np.ndarray:
@@ -137,35 +145,26 @@ def score(run: Run, weighting: Weighting, centers: np.ndarray | None = None, dev
     -------
     counts : dict
         rows, shards done now and skipped, seconds; quantiles of each score if any shard was scored now.
+
+    Notes
+    -----
+    Percentiles need the scores of all shards: a file is first written without, under another source, then completed. With
+    ranks that are known (another run's Gaussians, one shard lost) each file is written once.
     """
     started = time.monotonic()
     facts = run.embedding_facts()
-    fitted = run.stage("fit")
-    if fitted is None:
-        raise ValueError(
-            f"--run {run.uri}: no Gaussians yet; run hardset fit first, or score with --gaussians of another run"
-        )
-    if "from" not in fitted and fitted["embeddings"] != fingerprint([f["source"] for f in facts]):
-        raise ValueError(f"--run {run.uri}: embeddings changed since the Gaussians were fitted; run hardset fit first")
-    gaussians = load_gaussians(run)
-    kmeans = None if centers is None else fingerprint(centers.tolist())
-    sources = [
-        fingerprint(columns.DIFFICULTY, f["source"], fitted["source"], dataclasses.asdict(weighting), kmeans)
-        for f in facts
-    ]
-    there = columns.all_facts(run.uri, columns.DIFFICULTY, len(facts))
-    pending = [
-        (shard, source, facts[shard]["source"])
-        for shard, source in enumerate(sources)
-        if not there[shard] or there[shard]["source"] != source
-    ]
-    progress = Progress("score", len(pending), skipped=len(facts) - len(pending))
-    shared = (run.uri, gaussians, weighting, centers, device)
-    for rows, (shard, *_) in zip(
-        in_order(score_shard, pending, *shared, num_gpus=1 if device == "cuda" else 0), pending
-    ):
-        assert rows == facts[shard]["rows"], f"shard {shard}: {rows} scores for {facts[shard]['rows']} embeddings"
-        progress.shard(rows)
+    scored, reference = _sources(run, weighting, centers, facts), percentiles.difficulty_reference(run)
+    final = [percentiles.source_of(source, reference) for source in scored]
+    tables = percentiles.load(run, columns.DIFFICULTY, reference)
+    known = reference is None or tables is not None
+    pending, unscored = percentiles.what_is_left(run, columns.DIFFICULTY, scored, final)
+    shared = (run.uri, load_gaussians(run), weighting, centers, device, tables)
+    items = [(s, final[s] if known else scored[s], scored[s], facts[s]["source"]) for s in unscored]
+    _score_shards(items, facts, shared, device)
+    if not known and pending:
+        tables = percentiles.count(run, columns.DIFFICULTY, [f["rows"] for f in facts], reference)
+    incomplete = sorted(set(pending) - set(unscored)) if known else pending
+    percentiles.complete(run, columns.DIFFICULTY, incomplete, final, tables)
     counts = {
         "rows": sum(f["rows"] for f in facts),
         "shards_done": len(pending),
@@ -176,3 +175,25 @@ def score(run: Run, weighting: Weighting, centers: np.ndarray | None = None, dev
         counts["quantiles"] = group_summary(run, columns.DIFFICULTY)["quantiles"]
         run.finish_stage("score", **counts, weighting=dataclasses.asdict(weighting))
     return counts
+
+
+def _sources(run: Run, weighting: Weighting, centers: np.ndarray | None, facts: Sequence[dict]) -> list[str]:
+    """What each shard's scores are made from. ValueError if the Gaussians are missing or of other embeddings."""
+    fitted = run.stage("fit")
+    if fitted is None:
+        raise ValueError(
+            f"--run {run.uri}: no Gaussians yet; run hardset fit first, or score with --gaussians of another run"
+        )
+    if "from" not in fitted and fitted["embeddings"] != fingerprint([f["source"] for f in facts]):
+        raise ValueError(f"--run {run.uri}: embeddings changed since the Gaussians were fitted; run hardset fit first")
+    kmeans = None if centers is None else fingerprint(centers.tolist())
+    how = (fitted["source"], dataclasses.asdict(weighting), kmeans)
+    return [fingerprint(columns.DIFFICULTY, f["source"], *how) for f in facts]
+
+
+def _score_shards(items: Sequence[tuple], facts: Sequence[dict], shared: tuple, device: str) -> None:
+    progress = Progress("score", len(items), skipped=len(facts) - len(items))
+    num_gpus = 1 if device == "cuda" else 0
+    for (shard, *_), rows in zip(items, in_order(score_shard, items, *shared, num_gpus=num_gpus)):
+        assert rows == facts[shard]["rows"], f"shard {shard}: {rows} scores for {facts[shard]['rows']} embeddings"
+        progress.shard(rows)

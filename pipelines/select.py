@@ -8,12 +8,13 @@ Ties are taken in shard order.
 import dataclasses
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from ops.ranks import sortable
 from pipelines import columns, storage
 from pipelines.progress import Progress
 from pipelines.run import Run, StageFailed, fingerprint
@@ -71,13 +72,6 @@ class Cut:
 
     key: np.ndarray
     ties: np.ndarray
-
-
-def sortable(scores: np.ndarray, lowest: bool = False) -> np.ndarray:
-    """float32 scores as uint32 in the same order (reversed with `lowest`), so that bits can be selected on."""
-    bits = (np.ascontiguousarray(scores, np.float32) + 0.0).view(np.uint32)  # + 0.0: -0.0 equals 0.0
-    keys = np.where(bits >> 31, ~bits, bits | np.uint32(1 << 31))
-    return ~keys if lowest else keys
 
 
 def _scored(shard: int, run_uri: str, rule: Rule) -> tuple[pa.Table, np.ndarray, np.ndarray]:
@@ -214,7 +208,7 @@ def select(run: Run, rule: Rule, name: str = "hard", samples_per_shard: int = 10
             writer.write_table(part)
             uids += [digest[:32] for digest in part["sha256"].to_pylist()]
             progress.shard(part.num_rows)
-    _write_uids(run, name, uids)
+    write_uids(run.path("subsets", name, "uids.npy"), uids)
     entry = {
         "source": source,
         "rule": str(rule),
@@ -262,11 +256,11 @@ def _column_sources(run: Run, column: str) -> list[str]:
     return [fact["source"] for fact in facts]
 
 
-def _write_uids(run: Run, name: str, uids: list[str]) -> None:
-    """DataComp's subset file: a sorted array of two unsigned 64-bit halves per sample (here of the image's sha256)."""
+def write_uids(uri: str, uids: Sequence[str]) -> None:
+    """DataComp's subset file: a sorted array of the two unsigned 64-bit halves of each uid of 32 hexadecimal digits."""
     halves = np.array([(int(uid[:16], 16), int(uid[16:], 16)) for uid in uids], dtype="u8,u8")
     halves.sort()
-    with storage.write_atomic(run.path("subsets", name, "uids.npy")) as stream:
+    with storage.write_atomic(uri) as stream:
         np.save(stream, halves)
 
 

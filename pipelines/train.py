@@ -39,7 +39,7 @@ CORRECTNESS = "correctness"
 CORRECTNESS_SCHEMA = pa.schema(
     [
         *columns.KEYS,
-        columns.score_field("correctness", "fraction of the training epochs in which the sample was right", "easier"),
+        columns.score_field("correctness.correctness"),
         pa.field("epochs", pa.int32(), metadata={"meaning": "training epochs that saw the sample; 0 if held out"}),
     ]
 )

@@ -96,7 +96,7 @@ def test_the_whole_way(curated, copied, capsys):
     assert result["select"]["samples"] == 4
     run = curated / "run"
     assert sorted(path.name for path in run.iterdir() if not path.name.startswith(".")) == [
-        "difficulty", "embeddings", "gaussians.npz", "quarantine", "run.json", "subsets",
+        "difficulty", "embeddings", "gaussians.npz", "percentiles", "quarantine", "report", "run.json", "subsets",
     ]  # fmt: skip
     for group in ("embeddings", "difficulty", "quarantine"):
         assert len(list((run / group).glob("*.parquet"))) == 3
