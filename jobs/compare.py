@@ -1,6 +1,7 @@
-"""How far two runs rank the same samples alike: Kendall's τ, Spearman's ρ, the overlap of the highest tenth.
+"""How far two runs rank the same samples alike (τ, ρ, overlap of the highest tenth); or trainings side by side.
 
 hardset compare RUN RUN2 --column difficulty.rmd
+hardset compare --models RUN/models [--over-seeds]
 """
 
 import dataclasses
@@ -13,12 +14,26 @@ from jobs.command import Command, say
 from jobs.options import RunOptions
 from jobs.session import tracked
 from pipelines import compare as comparing
+from pipelines import trainings
 from pipelines.run import Run
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MaybeRunOptions(RunOptions):
+    """Where the run is, and how it is told."""
+
+    run: str | None = None
+    """run directory: a local path, s3://bucket/path, or what pyarrow.fs or fsspec opens; not with --models"""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CompareOptions:
     """What is compared. `hardset compare RUN RUN2` is short for --run RUN --other RUN2."""
+
+    models: list[str] = dataclasses.field(default_factory=list)
+    """trainings instead of columns: folders of hardset train (its --out), or folders of these such as RUN/models"""
+    over_seeds: bool = False
+    """with --models: trainings that differ in nothing but --seed in one line, mean ± standard deviation"""
 
     other: str | None = None
     """the other run (default: the same one)"""
@@ -32,8 +47,16 @@ class CompareOptions:
     """bands of equal width of that curve"""
 
 
-def compare(options: RunOptions, comparison: CompareOptions) -> dict[str, Any]:
-    """Print and return the agreement; reads only, without Ray."""
+def compare(options: MaybeRunOptions, comparison: CompareOptions) -> dict[str, Any]:
+    """Print and return the agreement, or the table of trainings; reads only, without Ray."""
+    if comparison.models:
+        if options.run is not None:
+            raise ValueError("--models: compares trainings, --run and --other columns; one of the two")
+        return _compare_trainings(comparison)
+    if options.run is None:
+        raise ValueError("--run: which? two runs whose columns to compare, or --models DIR DIR …")
+    if comparison.over_seeds:
+        raise ValueError("--over-seeds: has a meaning with --models only")
     if comparison.bands < 2:
         raise ValueError(f"--bands {comparison.bands}: at least 2")
     run = Run.open(options.run)
@@ -82,20 +105,75 @@ def _show(result: dict[str, Any]) -> None:
         )
 
 
-COMMAND = Command("compare", __doc__, (RunOptions, CompareOptions), compare)
+def _compare_trainings(comparison: CompareOptions) -> dict[str, Any]:
+    """A line per training: what sets it apart, its epochs, its metrics."""
+    found = trainings.read_trainings(comparison.models)
+    if comparison.over_seeds:
+        rows = trainings.over_seeds(found)
+        apart = trainings.differing([row.trainings[0] for row in rows], but=(trainings.SEED,))
+    else:
+        rows = [trainings.Row((training,)) for training in found]
+        apart = trainings.differing(found)
+    table = [["training", *map(_short, apart), "epochs", *trainings.METRICS]]
+    table += [_cells(row, apart) for row in rows]
+    _show_table(table)
+    return {"models": [_record(row, apart) for row in rows]}
+
+
+def _cells(row: trainings.Row, apart: Sequence[str]) -> list[str]:
+    first = row.trainings[0]
+    name = first.name if len(row.trainings) == 1 else f"{first.name} and {len(row.trainings) - 1} more seeds"
+    epochs = f"{first.epochs}" + ("" if all(t.finished for t in row.trainings) else " (unfinished)")
+    settings = ["–" if (value := first.settings.get(setting)) is None else str(value) for setting in apart]
+    return [name, *settings, epochs, *(_metric(row, metric) for metric in trainings.METRICS)]
+
+
+def _metric(row: trainings.Row, metric: str) -> str:
+    mean, deviation = row.mean(metric), row.deviation(metric)
+    if mean is None:
+        return "–"
+    return f"{mean:.4f}" + ("" if deviation is None else f" ± {deviation:.4f}")
+
+
+def _record(row: trainings.Row, apart: Sequence[str]) -> dict[str, Any]:
+    metrics = {metric: row.mean(metric) for metric in trainings.METRICS}
+    spreads = {f"{metric}_std": row.deviation(metric) for metric in trainings.METRICS}
+    return {
+        "out": [training.uri for training in row.trainings],
+        "settings": {name: row.trainings[0].settings.get(name) for name in apart},
+        "epochs": row.trainings[0].epochs,
+        "finished": all(training.finished for training in row.trainings),
+        **{name: value for name, value in (metrics | spreads).items() if value is not None},
+    }
+
+
+def _short(setting: str) -> str:
+    """`loss.params.alpha` -> `alpha`, as it is said on the command line."""
+    return "loss" if setting == "loss.name" else setting.rpartition(".")[2]
+
+
+def _show_table(table: list[list[str]]) -> None:
+    """Columns as wide as their widest cell."""
+    widths = [max(map(len, column)) for column in zip(*table)]
+    for line in table:
+        say("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip())
+
+
+COMMAND = Command("compare", __doc__, (MaybeRunOptions, CompareOptions), compare)
 
 
 def with_flags(words: Sequence[str]) -> list[str]:
     """`RUN RUN2 --column X` -> `--run RUN --other RUN2 --column X`, wherever the two stand."""
-    switches = {"--json", "--help", "-h"}
-    runs, rest, value_follows = [], [], False
+    switches = {"--json", "--over-seeds", "--help", "-h"}
+    runs, rest, value_follows, several = [], [], False, False
     for word in words:
         if word.startswith("-"):
             rest.append(word)
             value_follows = word not in switches and "=" not in word
+            several = word == "--models"  # takes all up to the next flag
         elif value_follows:
             rest.append(word)
-            value_follows = False
+            value_follows = several
         else:
             runs.append(word)
     if len(runs) > 2:

@@ -282,7 +282,8 @@ class _Remembered:
     def __enter__(self) -> Tracker:
         tracker = self.inner.__enter__()
         lineage = self.plan.lineage
-        record = {"source": lineage["source"], "config": lineage["config"], "mlflow_run_id": tracker.run_id}
+        record = {name: lineage[name] for name in ("source", "config", "run", "eval_run")}
+        record["mlflow_run_id"] = tracker.run_id
         _write_json(self.plan, "train.json", record)
         if tracker.run_id and self.new:
             import mlflow
