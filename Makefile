@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 export RAY_ENABLE_UV_RUN_RUNTIME_ENV := 0
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: setup demo test test-slow lint bench style clean
+.PHONY: setup demo test test-slow lint bench style docs clean
 
 setup: $(VENV)/.ready
 $(VENV)/.ready: requirements.lock pyproject.toml
@@ -35,5 +35,10 @@ bench: setup
 style: setup
 	$(BIN)/python benchmarks/style.py
 
+# A warning is an error: a link that leads nowhere ends the build.
+docs: setup
+	$(BIN)/python docs/options.py
+	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist docs/_build *.egg-info .pytest_cache .ruff_cache .hypothesis

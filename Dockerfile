@@ -1,0 +1,11 @@
+# What cluster.yaml and rayjob.yaml run: Ray's image and the pinned dependencies. Ray's own images hold no torch.
+#   docker build -t YOUR_REGISTRY/hardset:latest . && docker push YOUR_REGISTRY/hardset:latest
+# The code itself comes with each job (--working-dir .), or from /opt/hardset where there is no working directory (rayjob.yaml).
+FROM rayproject/ray:2.60.0-py311-gpu
+COPY requirements.lock /tmp/requirements.lock
+RUN pip install --no-cache-dir -r /tmp/requirements.lock
+COPY pyproject.toml README.md /opt/hardset/
+COPY ops /opt/hardset/ops
+COPY pipelines /opt/hardset/pipelines
+COPY jobs /opt/hardset/jobs
+RUN pip install --no-cache-dir --no-deps /opt/hardset
