@@ -7,5 +7,5 @@ html_theme = "furo"
 html_title = "hardset"
 html_copy_source = False
 html_theme_options = {"navigation_with_keys": True}
-myst_heading_anchors = 3  # links to headings, as GitHub makes them
+myst_heading_anchors = 4  # links to headings, as GitHub makes them
 myst_enable_extensions = ["colon_fence"]
