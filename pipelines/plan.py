@@ -18,7 +18,7 @@ CONFIDENCE = 0.9
 STAGES = ("embed", "fit", "score", "select")
 # Of the driver, measured with a million shard entries (benchmarks/scale.md).
 DRIVER_BYTES = 500 << 20
-DRIVER_BYTES_PER_SHARD = 2_500
+DRIVER_BYTES_PER_SHARD = 3_400
 DRIVER_S_PER_TASK = 0.0005
 
 
