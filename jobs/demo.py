@@ -55,8 +55,10 @@ def demo(options: DemoOptions) -> dict:
         sheet = out / "hardest-and-easiest.png"
         contact_sheet(run).save(sheet)
     _show(found, run, faults)
+    page = pathlib.Path(run.path("report", "index.html"))
     say(f"\ncontact sheet: {sheet}\nhard subset:   {run.path('subsets', 'hard')}\nMLflow:        {tracking}")
-    return found | {"run": run_uri, "contact_sheet": str(sheet)}
+    say(f"report:        {page.as_uri()}")
+    return found | {"run": run_uri, "contact_sheet": str(sheet), "report": str(page)}
 
 
 _SCORES = ["difficulty.rmd", "difficulty.margin", "difficulty.md", "embeddings.embedding"]

@@ -108,7 +108,7 @@ def sections(found: dict[str, Any], evaluated: bool) -> dict[str, str]:
     """Identifier and title of each section that this run has something for, in their order."""
     data = found["data"]
     there = {
-        "gallery": ("Hardest and easiest", data.get("gallery")),
+        "gallery": ("Hardest and easiest", data.get("gallery") and data.get("scores")),
         "suspects": ("Likely label errors", data.get("suspects")),
         "map": ("Hard or mislabelled", _mapped(data)),
         "classes": ("Classes", len(data.get("per_class") or ()) > 1),

@@ -50,7 +50,8 @@ def collect(run: Run, limits: Limits | None = None, class_names: Sequence[str] =
     found : dict
         samples, rows, left_out, shards, pending (shards not embedded yet), quarantine, notes, and `data`, JSON-able.
     """
-    limits, have = limits or Limits(), available(run)
+    limits = limits or Limits()
+    have = available(run, limits)
     embedded = [facts for facts in columns.all_facts(run.uri, columns.EMBEDDINGS, len(run.shards)) if facts]
     rows, left_out = (sum(facts[name] for facts in embedded) for name in ("rows", "left_out"))
     found = {

@@ -61,7 +61,8 @@ def metric_table(evaluations: list[dict[str, Any]], sets: dict[str, Any]) -> dic
         {"name": entry["name"], "of": entry.get("trust_in"), "cells": [_cell(entry, *metric) for metric in there]}
         for entry in everything
     ]
-    return {"headings": [heading for _, heading, _ in there], "rows": rows}
+    intervals = any(cell and cell["between"] for row in rows for cell in row["cells"])
+    return {"headings": [heading for _, heading, _ in there], "rows": rows, "intervals": intervals}
 
 
 def _cell(entry: dict[str, Any], metric: str, _: str, fraction: bool) -> dict[str, str] | None:

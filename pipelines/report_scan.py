@@ -33,6 +33,7 @@ class Limits:
     per_class: int = 32
     pairs: int = 720  # likely label errors over all pairs of classes
     classes: int = 1000  # beyond this many classes, no extremes per class
+    sets: int = 6  # prediction sets, and trust sets: the latest; the table of metrics holds all
     pictures: int = 2400
     read_bytes: int = 8 << 30  # of shards, for pictures
 
@@ -131,13 +132,13 @@ def shown_class(table: pa.Table) -> np.ndarray:
     return np.where(labels >= 0, labels, columns.labels_or_minus_one(table[NEAREST]))
 
 
-def available(run: Run) -> Available:
+def available(run: Run, limits: Limits) -> Available:
     """What the report can show: groups that are whole and made from the embeddings that are there now."""
     embedded = columns.all_facts(run.uri, columns.EMBEDDINGS, len(run.shards))
     shards = tuple(shard for shard, facts in enumerate(embedded) if facts)
     fields: list[tuple[str, pa.Field]] = []
-    notes = []
-    for group in column_groups(run) if shards else []:
+    groups, notes = _latest(run, column_groups(run) if shards else [], limits.sets)
+    for group in groups:
         found = columns.all_facts(run.uri, group, len(run.shards))
         why = _unusable([found[shard] for shard in shards], [embedded[shard]["source"] for shard in shards])
         if why:
@@ -148,6 +149,21 @@ def available(run: Run) -> Available:
     ranks = [f"{group}.{field.name}" for group, field in floating if "percentile_of" in columns.about(field)]
     scores = [_score(*pair) for pair in floating if "percentile_of" not in columns.about(pair[1])]
     return Available(shards, tuple(scores), tuple(ranks), tuple(_integers(fields)), tuple(notes))
+
+
+def _latest(run: Run, groups: Sequence[str], most: int) -> tuple[list[str], list[str]]:
+    """The groups without all but the latest prediction sets and trust sets, and a note on what that leaves out."""
+    kept, notes = list(groups), []
+    for kind, stage in (("predictions", "predict"), ("trust", "trust")):
+        named = [group for group in groups if group.startswith(f"{kind}/")]
+        when = {g: (run.stage(f"{stage}/{g.partition('/')[2]}") or {}).get("finished", "") for g in named}
+        late = sorted(named, key=when.__getitem__, reverse=True)[:most]
+        if len(late) < len(named):
+            notes.append(
+                f"{len(named)} sets in {kind}/: charts and rows show the {most} latest, {', '.join(sorted(late))}"
+            )
+            kept = [group for group in kept if group not in named or group in late]
+    return kept, notes
 
 
 def _unusable(found: Sequence[dict | None], sources: Sequence[str]) -> str | None:

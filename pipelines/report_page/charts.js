@@ -28,7 +28,7 @@ function layout(more) {
   };
 }
 
-const titled = (text) => ({ title: { text, x: 0.01, xanchor: "left", y: 0.97, yanchor: "top", font: { size: 14, color: style("--ink") } }, margin: { l: 8, r: 12, t: 62, b: 8 } });
+const titled = (text) => ({ title: { text, x: 0, xref: "paper", xanchor: "left", y: 0.97, yanchor: "top", font: { size: 15, weight: 600, color: style("--ink") } }, margin: { l: 22, r: 22, t: 64, b: 14 } });
 
 function histogram(element, score) {
   const { low, high, counts } = score.histogram;
@@ -97,7 +97,7 @@ const charts = {
       hovertemplate: `${plain(name)}: of the surest %{x:.1%}<br>%{y:.1%} are wrong<extra></extra>`,
     }));
     return Plotly.react(element, traces, layout({ ...titled("Risk and coverage"), showlegend: sets.length > 1, height: 340,
-      xaxis: axis("share kept, the surest first", { tickformat: ".0%", range: [0, 1], showgrid: false }), yaxis: axis("", { tickformat: ".1~%", rangemode: "tozero" }) }), CONFIG);
+      xaxis: axis("share kept, the surest first", { tickformat: ".0%", range: [0, 1], dtick: 0.25, showgrid: false }), yaxis: axis("", { tickformat: ".1~%", rangemode: "tozero" }) }), CONFIG);
   },
 
   groups(element) {

@@ -254,7 +254,7 @@ function classTable(section, gallery) {
   const low = Math.min(...boxes.map((entry) => entry.box[0])), high = Math.max(...boxes.map((entry) => entry.box[4]));
   const at = (value) => `${(100 * (value - low)) / (high - low || 1)}%`;
   const doubted = ranked.some((entry) => entry.doubted), label = scoreOf.get(report.main)?.label;
-  const heads = ["Class", ["Images", "n"], ...(boxes.length ? [[`${label}, median`, "n"], ""] : []), ...(doubted ? [["Nearer another", "n"], "Most often"] : [])];
+  const heads = ["Class", ["Images", "n"], ...(boxes.length ? [[`${label}, median`, "n"], ["", "box"]] : []), ...(doubted ? [["Nearer another", "n"], "Most often"] : [])];
   find("thead", table).append(make("tr", {}, ...heads.map((head) => (Array.isArray(head) ? make("th", { class: head[1] }, head[0]) : make("th", {}, head)))));
   const range = (box) => {
     const span = (tag, from, to) => make(tag, { style: `left:${at(from)};width:${(100 * (to - from)) / (high - low || 1)}%` });

@@ -34,7 +34,7 @@ def write_shards(folder, sizes, classes=3, seed=0, first=0):
                     tar.addfile(info, io.BytesIO(data))
                 labels.append(label)
                 count += 1
-    return np.array(labels)
+    return np.array(labels, np.int64)
 
 
 def make_run(folder, sizes=(40, 25, 35), classes=3, dim=6, seed=0, labelled=True):
@@ -60,7 +60,7 @@ def make_run(folder, sizes=(40, 25, 35), classes=3, dim=6, seed=0, labelled=True
         ).cast(schema)
         facts = {
             "left_out": 0,
-            "max_label": int(labels[rows].max()) if labelled else None,
+            "max_label": int(labels[rows].max()) if labelled and size else None,
             "digest": str(shard),
             "size": 0,
             "mtime_ns": 0,

@@ -1,0 +1,82 @@
+"""A small run with all that a report can show, some of it hostile, made by hand."""
+
+import numpy as np
+import pyarrow as pa
+
+from pipelines import columns
+from pipelines.evaluate import Grouping, evaluate, store
+from pipelines.fit import fit
+from pipelines.outcomes import open_predictions
+from pipelines.report import report
+from pipelines.run import Run
+from pipelines.score import Weighting, score
+from tests.pipelines.predicted import noisy_logits, sharded, write_predictions
+from tests.pipelines.synthetic import make_run
+
+HOSTILE = '</script><img src=x onerror="document.title=1">'
+SIZES, CLASSES = (70, 0, 130), 4
+
+
+def rewrite(run, shard, change, **more):
+    """Write a shard's embeddings again as `change(table)`, with more facts, under their old source."""
+    facts = columns.facts(run.uri, columns.EMBEDDINGS, shard)
+    known = {name: value for name, value in facts.items() if name not in ("rows", "source")}
+    table = change(columns.read(run.uri, columns.EMBEDDINGS, shard))
+    columns.write(run.uri, columns.EMBEDDINGS, shard, table, facts["source"], **known | more)
+
+
+def mislabel(run, labels, share=0.2):
+    """Give a share of the samples another class; returns the labels that the run has then."""
+    rng = np.random.default_rng(3)
+    wrong = np.where(
+        rng.random(len(labels)) < share, (labels + rng.integers(1, CLASSES, len(labels))) % CLASSES, labels
+    )
+    for shard, _, part in sharded(run, wrong):
+        rewrite(run, shard, lambda table, part=part: table.set_column(3, columns.LABEL, pa.array(part)))
+    return wrong
+
+
+def quarantine(run, shard, reasons):
+    """Say that a shard's embeddings leave samples out, for these reasons."""
+    entries = [
+        {"shard": shard, "row": 900 + n, "key": HOSTILE, "member": None, "stage": "embed", "reason": reason}
+        for n, reason in enumerate(reasons)
+    ]
+    table = pa.Table.from_pylist(entries, schema=columns.QUARANTINE_SCHEMA)
+    columns.write(run.uri, columns.QUARANTINE, shard, table, "by hand")
+    rewrite(run, shard, lambda table: table, left_out=len(reasons))
+
+
+def make_reported(folder):
+    """A run with scores, predictions, an evaluation by groups, a shard without rows, a quarantine, and its report."""
+    run, _, labels = make_run(folder, SIZES, CLASSES)
+    quarantine(run, 2, ["label 17 is no class", f"cannot be decoded: {HOSTILE}", "label 18 is no class"])
+    labels = mislabel(run, labels)
+    fit(run)
+    score(run, Weighting())
+    write_predictions(run, noisy_logits(labels, CLASSES), "mine")
+    grouping = Grouping.parse("difficulty.rmd:0").resolve(run)
+    store(run, evaluate(run, open_predictions(run, "mine"), grouping=grouping, replicates=20), 0.0)
+    report(run)
+    return Run.open(run.uri)
+
+
+LACKING = {
+    "unlabelled": {"sizes": (30,), "labelled": False},
+    "one class": {"sizes": (30,), "classes": 1},
+    "embedded": {"sizes": (20, 10)},
+    "empty": {"sizes": (0,)},
+}
+
+
+def make_lacking(folder, names=tuple(LACKING)):
+    """Runs by what they lack, with their reports: labels, a second class, scores, any good sample."""
+    made = {name: make_run(folder / name.replace(" ", "-"), **LACKING[name])[0] for name in names}
+    for name, run in made.items():
+        if name in ("unlabelled", "one class"):
+            fit(run)
+            score(run, Weighting())
+        if name == "empty":
+            quarantine(run, 0, ["no image"] * 7)
+        report(run)
+    return made
