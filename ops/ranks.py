@@ -147,7 +147,7 @@ class RankCounter:
             self.open = None
             return
         left = part_bits[divide]
-        bits = np.minimum(np.maximum(np.ceil(np.log2(parts[divide])).astype(np.int64) + 1, 4), left)
+        bits = np.minimum(np.maximum(np.ceil(np.log2(parts[divide])).astype(np.int64), 4), left)
         few = counts[divide].sum() <= self.exact
         self.open = Cells(lows[divide], left, np.zeros_like(left) if few else left - bits)
 
