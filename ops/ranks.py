@@ -16,7 +16,7 @@ FIRST_BITS = 12  # sign, exponent and three bits of the mantissa
 
 
 def sortable(scores: np.ndarray, lowest: bool = False) -> np.ndarray:
-    """float32 scores as uint32 in the same order (reversed with `lowest`), so that bits can be selected on."""
+    """float32 scores (n,) as uint32 (n,) in the same order (reversed with `lowest`), so that bits can be selected on."""
     bits = (np.ascontiguousarray(scores, np.float32) + 0.0).view(np.uint32)  # + 0.0: -0.0 equals 0.0
     keys = np.where(bits >> 31, ~bits, bits | np.uint32(1 << 31))
     return ~keys if lowest else keys
@@ -176,7 +176,7 @@ def _thinned(
 
 
 def merge_counts(parts: list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
-    """Counts of several parts of a corpus as those of the whole: distinct codes ascending, and their sums."""
+    """Counts of parts of a corpus as those of the whole: distinct codes (m,) uint64, ascending, and their sums (m,) int64."""
     codes, counts = (np.concatenate(arrays) for arrays in zip(*parts))
     distinct, inverse = np.unique(codes, return_inverse=True)
     return distinct, np.bincount(inverse, counts, minlength=len(distinct)).astype(np.int64)
