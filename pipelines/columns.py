@@ -8,7 +8,7 @@ import json
 import re
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -230,6 +230,12 @@ def _shard_files(filesystem: pafs.FileSystem, root: str, num_shards: int) -> dic
 def _parsed(text: bytes) -> dict[str, Any]:
     # Interned names: a million of these dictionaries share them.
     return json.loads(text, object_pairs_hook=lambda pairs: {sys.intern(name): value for name, value in pairs})
+
+
+def pending(run_uri: str, group: str, sources: Sequence[str]) -> list[int]:
+    """Shards whose file of a group is missing, or was made from something else than `sources` says."""
+    there = all_facts(run_uri, group, len(sources))
+    return [shard for shard, source in enumerate(sources) if not there[shard] or there[shard]["source"] != source]
 
 
 def read(run_uri: str, group: str, shard: int, columns: list[str] | None = None) -> pa.Table:

@@ -18,11 +18,10 @@ from pipelines import columns
 from pipelines.calibrate import calibrator_of, classifier_digest
 from pipelines.decode import PictureDecoder
 from pipelines.outcomes import PREDICTIONS, Calibrator, calibrated, check_name, predictions_schema
-from pipelines.progress import Progress
 from pipelines.run import Run, StageFailed, fingerprint
 from pipelines.samples import LabelSource
 from pipelines.shards import Shard, read_shard
-from pipelines.tasks import in_order
+from pipelines.tasks import write_shards
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,24 +97,12 @@ def predict(
     state = None if calibrator is None else calibrator.to_dict()
     sources = [fingerprint(PREDICTIONS, f["source"], digest, state) for f in embedded]
     group = f"{PREDICTIONS}/{name}"
-    there = columns.all_facts(run.uri, group, len(embedded))
-    pending = [s for s, source in enumerate(sources) if not there[s] or there[s]["source"] != source]
-    items = [(shard, sources[shard], run.shards[shard]) for shard in pending]
-    progress = Progress(f"predict {name}", len(pending), skipped=len(embedded) - len(pending))
-    gpus = 1 if forward.device == "cuda" else 0
+    items = [(shard, sources[shard], run.shards[shard]) for shard in columns.pending(run.uri, group, sources)]
     shared = (run.uri, group, model, calibrator, forward, facts)
-    for shard, rows in zip(pending, in_order(predict_shard, items, *shared, num_gpus=gpus)):
-        assert rows == embedded[shard]["rows"], f"shard {shard}: {rows} predictions for {embedded[shard]['rows']} rows"
-        progress.shard(rows)
-    counts = {
-        "rows": sum(f["rows"] for f in embedded),
-        "shards_done": len(pending),
-        "shards_skipped": len(embedded) - len(pending),
-        "seconds": time.monotonic() - started,
-        "calibration": method,
-        "checkpoint_digest": digest,
-    }
-    if pending or run.stage(f"predict/{name}") is None:
+    gpus = 1 if forward.device == "cuda" else 0
+    counts = write_shards(f"predict {name}", predict_shard, items, *shared, embedded=embedded, num_gpus=gpus)
+    counts |= {"seconds": time.monotonic() - started, "calibration": method, "checkpoint_digest": digest}
+    if items or run.stage(f"predict/{name}") is None:
         run.finish_stage(f"predict/{name}", **counts, checkpoint=checkpoint)
     return counts
 

@@ -13,10 +13,9 @@ from ops.difficulty import Reference, difficulty_weight, fit_centers, kmeans_dif
 from ops.gaussian import Gaussians
 from pipelines import columns, percentiles, storage
 from pipelines.fit import _on, load_gaussians
-from pipelines.progress import Progress
 from pipelines.run import Run, fingerprint
 from pipelines.summary import group_summary
-from pipelines.tasks import in_order
+from pipelines.tasks import in_order, write_shards
 
 KMEANS_FILE = "kmeans.npz"
 KMEANS_ROWS = 100_000
@@ -160,7 +159,7 @@ def score(run: Run, weighting: Weighting, centers: np.ndarray | None = None, dev
     pending, unscored = percentiles.what_is_left(run, columns.DIFFICULTY, scored, final)
     shared = (run.uri, load_gaussians(run), weighting, centers, device, tables)
     items = [(s, final[s] if known else scored[s], scored[s], facts[s]["source"]) for s in unscored]
-    _score_shards(items, facts, shared, device)
+    write_shards("score", score_shard, items, *shared, embedded=facts, num_gpus=1 if device == "cuda" else 0)
     if not known and pending:
         tables = percentiles.count(run, columns.DIFFICULTY, [f["rows"] for f in facts], reference)
     incomplete = sorted(set(pending) - set(unscored)) if known else pending
@@ -189,11 +188,3 @@ def _sources(run: Run, weighting: Weighting, centers: np.ndarray | None, facts: 
     kmeans = None if centers is None else fingerprint(centers.tolist())
     how = (fitted["source"], dataclasses.asdict(weighting), kmeans)
     return [fingerprint(columns.DIFFICULTY, f["source"], *how) for f in facts]
-
-
-def _score_shards(items: Sequence[tuple], facts: Sequence[dict], shared: tuple, device: str) -> None:
-    progress = Progress("score", len(items), skipped=len(facts) - len(items))
-    num_gpus = 1 if device == "cuda" else 0
-    for (shard, *_), rows in zip(items, in_order(score_shard, items, *shared, num_gpus=num_gpus)):
-        assert rows == facts[shard]["rows"], f"shard {shard}: {rows} scores for {facts[shard]['rows']} embeddings"
-        progress.shard(rows)

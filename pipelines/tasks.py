@@ -11,6 +11,9 @@ from typing import Any
 
 import ray
 
+from pipelines.progress import Progress
+from pipelines.run import StageFailed
+
 WINDOW = 4  # tasks in flight per core: enough to hide scheduling, few enough to bound what waits in memory
 PARTS = 1024  # sums that come to the driver: at d = 768 each is 4.7 MB and takes it some 5 ms
 
@@ -37,6 +40,51 @@ def in_order(
             yield ray.get(waiting.popleft())
     while waiting:
         yield ray.get(waiting.popleft())
+
+
+def write_shards(
+    stage: str,
+    write: Callable[..., int],
+    items: Sequence[tuple],
+    *shared: Any,
+    embedded: Sequence[dict[str, Any]],
+    num_gpus: float = 0,
+) -> dict[str, int]:
+    """Write the files of a stage that are missing or old, one task each, and say how it goes.
+
+    Parameters
+    ----------
+    stage : str
+        As it is named in the progress and in an error.
+    write : callable
+        `write(shard, …, *shared)` writes one shard's file and returns its rows.
+    items : sequence of tuple
+        What `write` gets for each pending shard, the shard's number first.
+    embedded : sequence of dict
+        `Run.embedding_facts()`: each file must have as many rows.
+    num_gpus : float
+        Of each task.
+
+    Returns
+    -------
+    counts : dict
+        rows (of all shards), shards_done, shards_skipped.
+
+    Raises
+    ------
+    StageFailed
+        If a file has other rows than the shard's embeddings.
+    """
+    progress = Progress(stage, len(items), skipped=len(embedded) - len(items))
+    for (shard, *_), rows in zip(items, in_order(write, items, *shared, num_gpus=num_gpus)):
+        if rows != embedded[shard]["rows"]:
+            raise StageFailed(f"{stage}: {rows} rows for the {embedded[shard]['rows']} embeddings of shard {shard}")
+        progress.shard(rows)
+    return {
+        "rows": sum(facts["rows"] for facts in embedded),
+        "shards_done": len(items),
+        "shards_skipped": len(embedded) - len(items),
+    }
 
 
 def merged_parts(

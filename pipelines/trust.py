@@ -18,21 +18,19 @@ from torch import Tensor, nn
 
 from ops.models import Classifier, ClassifierSpec, build_classifier, load_classifier
 from ops.selective import UndefinedMetricError, true_rates
-from ops.trust import signed_distance, steep_slope, tcp, trust_cross_entropy, trust_focal
+from ops.trust import TRUST_LOSSES, signed_distance, steep_slope, tcp, trust_cross_entropy, trust_focal
 from pipelines import columns
 from pipelines.calibrate import classifier_digest
 from pipelines.detection import TRUST, trust_schema
 from pipelines.ingest import Loader
 from pipelines.outcomes import PredictionSet, check_name, labelled_logits, open_predictions
 from pipelines.predict import Forward, check_fits, input_batches, shard_forward
-from pipelines.progress import Progress
 from pipelines.run import Run, fingerprint
 from pipelines.shards import Shard
 from pipelines.source import Source
 from pipelines.survey import moments, survey
-from pipelines.tasks import in_order
+from pipelines.tasks import in_order, write_shards
 
-LOSSES = ("steep_slope", "cross_entropy", "focal", "tcp")
 ALPHA_NEG, ALPHA_POS = (1.0, 2.0, 3.0, 4.0, 5.0, 8.0), (0.5, 1.0, 2.0, 3.0)
 HOLDOUT = 0.2  # of the training run, for the search of alphas
 
@@ -56,8 +54,8 @@ class Training:
     def __post_init__(self) -> None:
         if self.loss == "ce":
             object.__setattr__(self, "loss", "cross_entropy")
-        if self.loss not in LOSSES:
-            raise ValueError(f"--loss {self.loss}: expected one of {', '.join(LOSSES)}")
+        if self.loss not in TRUST_LOSSES:
+            raise ValueError(f"--loss {self.loss}: expected one of {', '.join(TRUST_LOSSES)}")
         for name in ("alpha_pos", "alpha_neg", "epochs", "lr", "batch_size"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: expected more than 0")
@@ -346,11 +344,11 @@ def trust(
     digest = classifier_digest(model)
     recipe = fingerprint(
         TRUST, digest, dataclasses.asdict(training), search, predictions, [f["source"] for f in run.embedding_facts()],
-        _sources_of(run, predictions),
+        _predicted(run, predictions),
     )  # fmt: skip
-    pending = {each.uri: _pending(each, name, recipe) for each in (run, *evaluated)}
-    before = run.stage(f"trust/{name}")
-    if before and before["source"] == recipe and not any(pending.values()):
+    group, before = f"{TRUST}/{name}", run.stage(f"trust/{name}")
+    pending = any(columns.pending(each.uri, group, _sources(each, recipe)) for each in (run, *evaluated))
+    if before and before["source"] == recipe and not pending:
         return before | {"skipped": True}
     found = targets(run, model, forward, predictions)
     _check_both(found)
@@ -360,7 +358,7 @@ def trust(
     oracle, losses = trained(run, model, found, training, forward.device)
     facts = {"loss": training.loss, "checkpoint_digest": digest, "trained_on": run.uri}
     for each in (run, *evaluated):
-        _write(each, name, pending[each.uri], oracle, forward, facts)
+        _write(each, name, recipe, oracle, forward, facts)
     entry = {
         "source": recipe,
         "samples": int(sum(map(len, found.correct))),
@@ -396,22 +394,19 @@ def _check_both(found: Targets) -> None:
         )
 
 
-def _sources_of(run: Run, predictions: str | None) -> list:
+def _predicted(run: Run, predictions: str | None) -> list:
     if predictions is None:
         return []
     return [f and f["source"] for f in columns.all_facts(run.uri, f"predictions/{predictions}", len(run.shards))]
 
 
-def _pending(run: Run, name: str, recipe: str) -> list[tuple[int, str]]:
-    sources = [fingerprint(recipe, f["source"]) for f in run.embedding_facts()]
-    there = columns.all_facts(run.uri, f"{TRUST}/{name}", len(sources))
-    return [(shard, s) for shard, s in enumerate(sources) if not there[shard] or there[shard]["source"] != s]
+def _sources(run: Run, recipe: str) -> list[str]:
+    return [fingerprint(recipe, f["source"]) for f in run.embedding_facts()]
 
 
-def _write(run: Run, name: str, pending: list[tuple[int, str]], oracle: Oracle, forward: Forward, facts: dict) -> None:
-    items = [(shard, source, run.shards[shard]) for shard, source in pending]
-    progress = Progress(f"trust {name}", len(items), skipped=len(run.shards) - len(items))
-    gpus = 1 if forward.device == "cuda" else 0
-    shared = (run.uri, f"{TRUST}/{name}", oracle, forward, facts)
-    for rows in in_order(write_trust_shard, items, *shared, num_gpus=gpus):
-        progress.shard(rows)
+def _write(run: Run, name: str, recipe: str, oracle: Oracle, forward: Forward, facts: dict) -> None:
+    group, sources = f"{TRUST}/{name}", _sources(run, recipe)
+    items = [(shard, sources[shard], run.shards[shard]) for shard in columns.pending(run.uri, group, sources)]
+    shared, gpus = (run.uri, group, oracle, forward, facts), 1 if forward.device == "cuda" else 0
+    embedded = run.embedding_facts()
+    write_shards(f"trust {name}", write_trust_shard, items, *shared, embedded=embedded, num_gpus=gpus)

@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from ops.selective import detection_metrics
+from ops.trust import TRUST_LOSSES
 from pipelines import columns
 from pipelines.predict import Forward, predict
 from pipelines.run import Run
-from pipelines.trust import LOSSES, Training, targets, trust
+from pipelines.trust import Training, targets, trust
 from tests.pipelines.classifiers import nearest_mean, small_network
 from tests.pipelines.predicted import write_predictions
 from tests.pipelines.synthetic import make_run
@@ -42,7 +43,7 @@ def correctness(model, features, labels):
         return model(torch.from_numpy(features)).argmax(dim=1).numpy() == labels
 
 
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("loss", TRUST_LOSSES)
 def test_every_loss_ranks_right_above_wrong_on_its_own_run(watched, loss):
     run, _, model, features, labels = watched
     entry = trust(run, model, loss, dataclasses.replace(QUICK, loss=loss))
