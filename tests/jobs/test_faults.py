@@ -11,6 +11,8 @@ from pathlib import Path
 import pyarrow.dataset as ds
 import pytest
 
+from tests.jobs.processes import belongs_to, processes
+
 SHARDS, SIZE = 12, 20
 ROOT = Path(__file__).parents[2]
 ENCODER = """
@@ -63,14 +65,6 @@ def wait_for_shards(process, run, count):
         time.sleep(0.05)
 
 
-def processes():
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            yield int(folder.name), (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-        except OSError:
-            continue
-
-
 def check_whole(tmp_path, log):
     result = json.loads(Path(log).read_text().splitlines()[-1])
     assert result["embed"]["rows"] == SHARDS * SIZE and result["embed"]["left_out"] == 0
@@ -107,15 +101,3 @@ def test_a_worker_is_killed_and_nothing_is_lost(tmp_path, command, victim):
     assert killed, f"no {victim} was seen"
     assert process.wait(timeout=300) == 0, (tmp_path / "log").read_text()
     check_whole(tmp_path, tmp_path / "log")
-
-
-def belongs_to(pid, ancestor):
-    """Whether a process descends from another (workers from their raylet, and that from the command)."""
-    while pid > 1:
-        if pid == ancestor:
-            return True
-        try:
-            pid = int((Path("/proc") / str(pid) / "stat").read_text().rpartition(")")[2].split()[1])
-        except OSError:
-            return False
-    return False

@@ -1,6 +1,11 @@
 """`hardset train` end to end on a small run: JSON, checkpoint, one MLflow run, nothing done twice, mistakes in one line."""
 
 import json
+import os
+import signal
+import threading
+import time
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -9,6 +14,7 @@ import pytest
 from jobs import train
 from ops.models import load_classifier
 from pipelines import columns
+from tests.jobs.processes import belongs_to, processes
 from tests.pipelines.synthetic import make_run
 
 FEW = ["--epochs", "2", "--batch-size", "20", "--lr", "0.05"]
@@ -91,3 +97,54 @@ def test_a_mistake_is_told_in_one_line(runs, ray_session, tmp_path, capsys, word
     status, _, error = main(capsys, "--run", runs[0], "--out", str(out), "--mlflow", "none", *words)
     assert status == 2 and message in error and error.strip().count("\n") == 0
     assert not out.exists()
+
+
+class AfterEpochs(threading.Thread):
+    """Does something once, as soon as a training in `out` has saved so many epochs."""
+
+    def __init__(self, out, epochs, action):
+        super().__init__(daemon=True)
+        self.curve, self.epochs, self.action, self.done = Path(out) / "curve.json", epochs, action, False
+        self.start()
+
+    def run(self):
+        while not self.done:
+            if self.curve.exists() and len(json.loads(self.curve.read_text())) >= self.epochs:
+                self.action()
+                self.done = True
+            time.sleep(0.02)
+
+
+def kill_a_training_worker():
+    victims = [pid for pid, title in processes() if "RayTrainWorker" in title and belongs_to(pid, os.getpid())]
+    assert victims, "no training worker was seen"
+    os.kill(victims[0], signal.SIGKILL)
+
+
+@pytest.mark.slow
+def test_a_worker_killed_in_mid_training_leaves_one_mlflow_run_with_every_epoch(runs, ray_session, tmp_path, capsys):
+    mlflow = pytest.importorskip("mlflow")
+    uri, out = f"sqlite:///{tmp_path}/mlflow.db", tmp_path / "out"
+    killer = AfterEpochs(out, 3, kill_a_training_worker)
+    argv = ["--run", runs[0], "--out", str(out), "--mlflow", uri, "--workers", "2", "--groups", "difficulty.rmd:0"]
+    status, result, _ = main(capsys, *argv, "--epochs", "20", "--batch-size", "2", "--lr", "0.01")
+    assert killer.done and status == 0 and result["epochs"] == 20
+    client = mlflow.MlflowClient(uri)
+    logged = client.get_run(result["mlflow_run_id"])
+    assert logged.info.status == "FINISHED" and len(client.search_runs([logged.info.experiment_id])) == 1
+    steps = [metric.step for metric in client.get_metric_history(result["mlflow_run_id"], "train_loss")]
+    assert sorted(set(steps)) == list(range(1, 21)) and len(steps) <= 21
+
+
+@pytest.mark.slow
+def test_a_shard_that_vanishes_ends_the_training_and_keeps_the_checkpoint(tmp_path, ray_session, capsys):
+    run, _, _ = make_run(tmp_path / "run", (40, 40))
+    shard, out = tmp_path / "run" / "shards" / "train-000001.tar", tmp_path / "out"
+    remover = AfterEpochs(out, 1, shard.unlink)
+    argv = ["--run", run.uri, "--out", str(out), "--mlflow", "none", "--input", "images", "--image-size", "8"]
+    argv += ["--model", "cifar_resnet8", "--cache-bytes", "0", "--epochs", "500", "--batch-size", "8"]
+    status, _, error = main(capsys, *argv)
+    assert status == 1 and remover.done
+    last = error.strip().splitlines()[-1]
+    assert "train-000001.tar" in last and "kept" in last
+    assert load_classifier(out / "last").input == "images"
