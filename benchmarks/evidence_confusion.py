@@ -139,17 +139,17 @@ def rises_within_sampling(tenths: list[float], size: int) -> tuple[bool, float]:
 
 def transfer_section(test: Run, others: list[str], scores: np.ndarray, outside: dict[str, np.ndarray]) -> str:
     rows, first = [], scored_keys(test, COLUMN)
-    name, wrong = next(iter(outside.items()))
     for uri in others:
         other = Run.open(uri)
         second = scored_keys(other, COLUMN)
         left, right, _ = match(first, second)
         theirs = second["score"].to_numpy()[right]
-        found, errors = agreement(scores[left], theirs), describe_errors(theirs, wrong[left])
+        found = agreement(scores[left], theirs)
+        errors = [describe_errors(theirs, wrong[left]) for wrong in outside.values()]
         rows.append([
             f"{Path(uri).name}: {described(other)}", f"{len(left):,}", f"{found['kendall_tau']:.3f}",
             f"{found['spearman']:.3f}", f"{found['pearson']:.3f}", f"{100 * found['top_overlap']:.1f} %",
-            f"{errors['pearson_bands']:.3f}", f"{errors['pearson_samples']:.3f}",
+            *(f"{e['pearson_bands']:.3f} / {e['pearson_samples']:.3f}" for e in errors),
         ])  # fmt: skip
     hardest = np.argsort(-scores, kind="stable")[: len(scores) // 10]
     random = np.random.default_rng(0).permutation(len(scores))[: len(scores) // 10]
@@ -158,29 +158,19 @@ def transfer_section(test: Run, others: list[str], scores: np.ndarray, outside: 
         for name, wrong in outside.items()
     ]
     return (
-        f"## Transfer\n\nScores of several ensembles: their agreement with the first, and their correlation with the errors of {name}.\n\n"
+        "## Transfer\n\nScores of several ensembles: their agreement with the first, and their correlation with the errors of models, "
+        "over 10 bins / over samples.\n\n"
         + table(
-            [
-                "ensemble",
-                "images",
-                "Kendall τ",
-                "Spearman",
-                "Pearson",
-                "same hardest tenth",
-                "error: 10 bins",
-                "samples",
-            ],
-            rows,
-        )
+            ["ensemble", "images", "Kendall τ", "Spearman", "Pearson", "same hardest tenth", *outside], rows)
         + "\nAccuracy of models outside the ensemble:\n\n"
         + table(["model", "all", "a random tenth", "the most confusing tenth"], accuracies)
-    )
+    )  # fmt: skip
 
 
 def described(run: Run) -> str:
     entry = run.stage("confusion")
     # An encoder given by a file is told by its factory: the path is this machine's.
-    return f"{entry['form']}, {entry['seeds']} × {entry['epochs']}, run of {run.config.encoder.rpartition(':')[2]}"
+    return f"{entry['form']}, {entry['seeds']} × {entry['epochs']}, run of {run.config.encoder.rpartition(':')[2].strip()}"
 
 
 def robustness_section(variants: dict[tuple[int, int], np.ndarray], outside: dict[str, np.ndarray]) -> str:

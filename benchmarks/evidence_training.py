@@ -5,7 +5,7 @@
 RUN: embeddings with difficulty/; RUN2: the test set's, by the same encoder (images, with --input images: by any).
 --groups COLUMN:EDGE or COLUMN:q2   two groups whose errors each line tells, and which the last lines train on
 --only REGEX                        the lines whose name it is found in
---plan FILE                         the plan is kept there, or taken from there: then no Ray is started
+--plan FILE                         the plan is kept there, or taken from there as it was made: then no Ray is started
 
 One process trains all, with the recipes of `hardset train`. Nothing is selected on RUN2: the numbers are those after the last
 epoch, the only one that is evaluated.
