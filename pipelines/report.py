@@ -14,7 +14,7 @@ from plotly.offline import get_plotlyjs
 from pipelines import columns, report_evaluation, report_words, storage
 from pipelines.report_data import collect
 from pipelines.report_scan import Limits
-from pipelines.run import Run, fingerprint
+from pipelines.run import Run, fingerprint, library_versions
 from pipelines.summary import column_groups
 
 FILE = "report/index.html"
@@ -44,13 +44,16 @@ def report(run: Run, class_names: Sequence[str] = (), limits: Limits | None = No
         If there are fewer names than classes.
     """
     limits = limits or Limits()
-    source = fingerprint("report", _inputs(run), list(class_names), str(limits), [_asset(name) for name in ASSETS])
+    made_by = [library_versions()["hardset"], str(limits), *(_asset(name) for name in ASSETS)]
+    source = fingerprint("report", _inputs(run), list(class_names), made_by)
     before, path = run.stage("report"), run.path(*FILE.split("/"))
     if before and before["source"] == source and storage.exists(path):
         return before | {"path": path, "skipped": True}
     started = time.monotonic()
-    found = collect(run, limits, class_names)
-    page = render(run, found)
+    evaluations, problems = report_evaluation.stored(run)
+    found = collect(run, limits, class_names, report_evaluation.watched(evaluations))
+    found["notes"] += problems
+    page = render(run, found, evaluations)
     storage.write_text_atomic(path, page)
     entry = {
         "source": source,
@@ -74,9 +77,8 @@ def _inputs(run: Run) -> list[Any]:
     return [record | {"stages": stages}, sources, evaluations]
 
 
-def render(run: Run, found: dict[str, Any]) -> str:
-    """The page of what `report_data.collect` found."""
-    evaluations, problems = report_evaluation.stored(run)
+def render(run: Run, found: dict[str, Any], evaluations: list[dict[str, Any]]) -> str:
+    """The page of what `report_data.collect` and `report_evaluation.stored` found."""
     found["data"]["groups"] = report_evaluation.groups(evaluations)
     found["data"]["title"] = report_words.run_name(run)
     tables = {
@@ -93,7 +95,7 @@ def render(run: Run, found: dict[str, Any]) -> str:
         words=report_words,
         run=run,
         found=found,
-        notes=[*found["notes"], *problems],
+        notes=found["notes"],
         sections=sections(found, bool(tables["metrics"]["rows"])),
         made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         data=Markup(json_block(found["data"])),

@@ -1,14 +1,14 @@
 """What is in a run, sampled and summarised for its report: one plain dict, its `data` for the page's own script."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from pipelines import columns
-from pipelines.report_curves import agreement, error_by_difficulty, histogram, outcome, rounded
+from pipelines.report_curves import agreement, error_by_difficulty, histogram, outcome, risk_coverage, rounded
 from pipelines.report_pictures import pictures, places
 from pipelines.report_scan import (
     MAIN,
@@ -34,7 +34,12 @@ BOX = (5, 25, 50, 75, 95)  # percentiles of a class's box
 SEVERITY = re.compile(r"([a-z_]+)-([1-5])")  # the folder that hardset corrupt writes a shard into
 
 
-def collect(run: Run, limits: Limits | None = None, class_names: Sequence[str] = ()) -> dict[str, Any]:
+def collect(
+    run: Run,
+    limits: Limits | None = None,
+    class_names: Sequence[str] = (),
+    watched: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
     """Everything that the report shows but for evaluations.
 
     Parameters
@@ -44,6 +49,8 @@ def collect(run: Run, limits: Limits | None = None, class_names: Sequence[str] =
     limits : Limits, optional
     class_names : sequence of str
         Names to show for a run whose classes have none.
+    watched : dict, optional
+        The prediction set that each trust set is about, where an evaluation said so.
 
     Returns
     -------
@@ -66,6 +73,7 @@ def collect(run: Run, limits: Limits | None = None, class_names: Sequence[str] =
     }
     if rows:
         found["data"] = _data(run, have, limits, class_names, found["notes"])
+        found["data"] |= _outcomes(run, have, found["data"].pop("values"), found["data"]["main"], watched or {})
     return found
 
 
@@ -95,14 +103,39 @@ def _data(run: Run, have: Available, limits: Limits, class_names: Sequence[str],
         "exact": {end: _sizes(picked, f"{end} ") for end in ("high", "low")},
         "each": max((pick.count for pick in wanted.values() if pick.of_each == "class"), default=0),
         "suspects": _suspect_ids(picked, ids),
+        "doubted_hardest": _doubted_share(picked.get(f"high {main}")),
         "doubted": sum(scanned.pairs.values()),
         "points": [ids.of[place] for place in places(scanned.points)],
         "pairs": [[given, nearest, count] for (given, nearest), count in scanned.pairs.most_common(PAIRS)],
         "per_class": _per_class(scanned, classes, main),
-        "sets": {name: _prediction_set(scanned.values, name, main) for name in have.predictions},
-        "severity": _severity(run, scanned.values, have, main),
-        "agreement": _agreement(scanned.values, have),
+        "values": scanned.values,
     }
+
+
+def _outcomes(
+    run: Run, have: Available, values: pa.Table, main: str | None, watched: Mapping[str, str]
+) -> dict[str, Any]:
+    """Curves of predictions, of trust in them, of corruptions, and the agreement of scores."""
+    trusts = {
+        score.name.split("/")[1].rpartition(".")[0]: score.name for score in have.scores if "trust/" in score.name
+    }
+    return {
+        "sets": {name: _prediction_set(values, name, main) for name in have.predictions},
+        "trusts": {
+            name: {"of": watched[name], "risk_coverage": curve}
+            for name, column in trusts.items()
+            if watched.get(name) in have.predictions and (curve := _trust_curve(values, column, watched[name]))
+        },
+        "severity": _severity(run, values, have, main),
+        "agreement": _agreement(values, have),
+    }
+
+
+def _trust_curve(values: pa.Table, column: str, predictions: str) -> dict[str, list[float]] | None:
+    """Risk and coverage of a prediction set when a trust set says which ones to keep; None without a label."""
+    trust, correct = floats(values[column]), _correct(values, predictions)
+    known = np.isfinite(trust) & np.isfinite(correct)
+    return risk_coverage(trust[known], correct[known] == 1) if known.any() else None
 
 
 def picked_scores(scanned: Scan, have: Available) -> set[str]:
@@ -148,6 +181,13 @@ class _Ids:
             "percentiles": {name: [rounded(v, 4) for v in floats(self.table[name])] for name in have.percentiles},
             "picture": [picture.get(place, -1) for place in self.places],
         }
+
+
+def _doubted_share(hardest: pa.Table | None) -> float | None:
+    """Of the hardest samples, the share that sits nearer another class."""
+    if hardest is None or MARGIN not in hardest.column_names or not len(hardest):
+        return None
+    return rounded((floats(hardest[MARGIN]) > 0).mean())
 
 
 def _sizes(picked: dict[str, pa.Table], start: str) -> dict[str, int]:

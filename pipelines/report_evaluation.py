@@ -42,6 +42,11 @@ def stored(run: Run) -> tuple[list[dict[str, Any]], list[str]]:
     return sorted(found, key=lambda entry: (bool(entry.get("trust_in")), str(entry.get("name")))), notes
 
 
+def watched(evaluations: list[dict[str, Any]]) -> dict[str, str]:
+    """The prediction set that each trust set was evaluated on."""
+    return {entry["name"].removesuffix(".trust"): entry["trust_in"] for entry in evaluations if entry.get("trust_in")}
+
+
 def metric_table(evaluations: list[dict[str, Any]], sets: dict[str, Any]) -> dict[str, Any]:
     """Headings and rows of metrics with their 95 % intervals; a set that was never evaluated has the few known from here.
 

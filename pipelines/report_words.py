@@ -45,13 +45,12 @@ def lead(run: Run, found: dict[str, Any]) -> str:
 
 def tiles(found: dict[str, Any]) -> list[dict[str, str]]:
     """The few numbers of the first screen: value, what it is, a remark, where it leads."""
-    data, reasons = found["data"], list(found["quarantine"])
-    share = found["left_out"] / max(1, found["samples"])
+    data = found["data"]
     shown = [
         {"value": f"{found['rows']:,}", "what": plural(found["rows"], "image")[len(f"{found['rows']:,} ") :] + " embedded",
          "remark": f"of {found['samples']:,}, in {plural(found['shards'] - found['pending'], 'shard')}", "href": "#scores"},
         {"value": f"{found['left_out']:,}", "what": "left out",
-         "remark": percent(share) + (f", mostly: {reasons[0]}" if reasons else "") if found["left_out"] else "every sample is in",
+         "remark": _why(found) if found["left_out"] else "every sample is in",
          "href": "#quarantine"},
     ]  # fmt: skip
     if data.get("labelled") and data["suspects"] is not None and _has(data, "difficulty.margin"):
@@ -66,6 +65,19 @@ def tiles(found: dict[str, Any]) -> list[dict[str, str]]:
             {"value": f"{len(data['classes']):,}", "what": "classes", "remark": _extent(data), "href": "#classes"}
         )
     return shown
+
+
+def _why(found: dict[str, Any]) -> str:
+    """The share left out, and the reason if most have the same."""
+    share = percent(found["left_out"] / found["samples"])
+    reason = _main_reason(found)
+    return f"{share}, mostly: {reason[0]}" if reason else f"{share}, {plural(len(found['quarantine']), 'reason')}"
+
+
+def _main_reason(found: dict[str, Any]) -> tuple[str, int] | None:
+    """The reason of more than half of what was left out, and its count."""
+    reason, entry = next(iter(found["quarantine"].items()), ("", {"count": 0}))
+    return (reason, entry["count"]) if 2 * entry["count"] > found["left_out"] else None
 
 
 def _has(data: dict[str, Any], name: str) -> bool:
@@ -122,7 +134,14 @@ def _hardest(data: dict[str, Any]) -> dict[str, str] | None:
         return {"text": "The images that fit the rest of the corpus least.", **link}
     ranked = sorted(boxes, key=lambda entry: entry["box"][2])
     hardest, easiest = (data["classes"][ranked[at]["class"]] for at in (-1, 0))
-    return {"text": f"{hardest} is the hardest class at the median, {easiest} the easiest.", **link}
+    text = f"{hardest} is the hardest class at the median, {easiest} the easiest."
+    share = data.get("doubted_hardest")
+    if share:
+        text += (
+            f" Of the {data['exact']['high'][data['main']]:,} hardest images {percent(share)} have a label in doubt;"
+        )
+        text += " the gallery can show those whose label fits alone."
+    return {"text": text, **link}
 
 
 def _predictions(data: dict[str, Any]) -> dict[str, str] | None:
@@ -140,10 +159,15 @@ def _predictions(data: dict[str, Any]) -> dict[str, str] | None:
 def _quarantine(found: dict[str, Any]) -> dict[str, str] | None:
     if not found["left_out"]:
         return None
-    reason, entry = next(iter(found["quarantine"].items()), ("", {"count": 0}))
+    reason = _main_reason(found)
     text = f"{plural(found['left_out'], 'entry', 'entries')} left out"
-    text += f", {entry['count']:,} of them for this reason: {reason}." if reason else "."
+    text += f", {reason[1]:,} of them for this reason: {reason[0]}." if reason else f", {_reasons(found)}."
     return {"text": text, "href": "#quarantine", "link": "What was left out and why"}
+
+
+def _reasons(found: dict[str, Any]) -> str:
+    count = len(found["quarantine"])
+    return f"for {count:,} different reasons" if count > 1 else "for one reason"
 
 
 def settings(run: Run) -> list[tuple[str, str]]:

@@ -28,7 +28,7 @@ function layout(more) {
   };
 }
 
-const titled = (text) => ({ title: { text, x: 0, xref: "paper", xanchor: "left", y: 0.97, yanchor: "top", font: { size: 15, weight: 600, color: style("--ink") } }, margin: { l: 22, r: 22, t: 64, b: 14 } });
+const framed = { height: 320, margin: { l: 4, r: 14, t: 14, b: 4 } };
 
 function histogram(element, score) {
   const { low, high, counts } = score.histogram;
@@ -85,18 +85,22 @@ const charts = {
         hovertemplate: `${plain(name)}: %{customdata[0]} wrong<br>95 %: %{customdata[1]} to %{customdata[2]}<br>%{customdata[5]} images, ${plain(scoreOf.get(report.main).label)} %{customdata[3]} to %{customdata[4]}<extra></extra>`,
       };
     });
-    return Plotly.react(element, traces, layout({ ...titled("Error by difficulty"), showlegend: sets.length > 1, height: 340,
+    return Plotly.react(element, traces, layout({ ...framed, showlegend: sets.length > 1,
       xaxis: axis("tenth of difficulty, the hardest at the right", { dtick: 1, showgrid: false }), yaxis: axis("", { tickformat: ".0%", rangemode: "tozero" }) }), CONFIG);
   },
 
   risk(element) {
-    const sets = evaluated();
+    const sets = evaluated(), place = new Map(sets.map(([name], number) => [name, number]));
     if (!sets.length) return hide(element);
-    const traces = sets.map(([name, set], number) => ({
-      type: "scatter", mode: "lines", name: plain(name), x: set.risk_coverage.coverage, y: set.risk_coverage.risk, line: { color: series(number), width: 2 },
+    const line = (name, curve, color, dash) => ({
+      type: "scatter", mode: "lines", name: plain(name), x: curve.coverage, y: curve.risk, line: { color, width: 2, dash },
       hovertemplate: `${plain(name)}: of the surest %{x:.1%}<br>%{y:.1%} are wrong<extra></extra>`,
-    }));
-    return Plotly.react(element, traces, layout({ ...titled("Risk and coverage"), showlegend: sets.length > 1, height: 340,
+    });
+    const traces = [
+      ...sets.map(([name, set], number) => line(name, set.risk_coverage, series(number), "solid")),
+      ...Object.entries(report.trusts).map(([name, trust]) => line(`${name} (trust)`, trust.risk_coverage, series(place.get(trust.of) ?? 0), "dot")),
+    ];
+    return Plotly.react(element, traces, layout({ ...framed, showlegend: traces.length > 1,
       xaxis: axis("share kept, the surest first", { tickformat: ".0%", range: [0, 1], dtick: 0.25, showgrid: false }), yaxis: axis("", { tickformat: ".1~%", rangemode: "tozero" }) }), CONFIG);
   },
 
@@ -110,7 +114,7 @@ const charts = {
         customdata: mine.map((part) => [percent(part.accuracy), percent(part.confidence), whole(part.count)]),
         hovertemplate: "%{x}<br>accuracy %{customdata[0]}, confidence %{customdata[1]}<br>%{customdata[2]} images<extra></extra>" };
     });
-    return Plotly.react(element, traces, layout({ ...titled("Accuracy by group"), showlegend: sets.length > 1, height: 340, barmode: "group", bargap: 0.35,
+    return Plotly.react(element, traces, layout({ ...framed, showlegend: sets.length > 1, barmode: "group", bargap: 0.35,
       xaxis: axis("", { type: "category", showgrid: false }), yaxis: axis("", { tickformat: ".0%", range: [0, 1] }) }), CONFIG);
   },
 
@@ -141,13 +145,13 @@ function reliability(element, name, set, number) {
   const bars = { type: "bar", x, y: parts.map((part) => part.accuracy), width, marker: { color: series(number), opacity: 0.8 }, customdata: hover, hovertemplate: template };
   const gap = { type: "bar", x, y: parts.map((part) => part.confidence - part.accuracy), base: parts.map((part) => part.accuracy), width, marker: { color: series(number), opacity: 0.22 }, customdata: hover, hovertemplate: template };
   const counts = { type: "bar", x, y: parts.map((part) => part.count / most), width, yaxis: "y2", marker: { color: style("--neutral"), opacity: 0.6 }, customdata: hover, hovertemplate: template };
-  Plotly.react(element, [bars, gap, counts], layout({ barmode: "overlay", height: 300, margin: { l: 4, r: 8, t: 6, b: 4 },
+  Plotly.react(element, [bars, gap, counts], layout({ barmode: "overlay", height: 300, margin: { l: 4, r: 16, t: 6, b: 4 },
     shapes: [{ type: "line", x0: 0, x1: 1, y0: 0, y1: 1, line: { color: style("--faint"), width: 1, dash: "dot" } }],
-    xaxis: axis("confidence", { range: [0, 1], tickformat: ".0%", showgrid: false, anchor: "y2" }), yaxis: axis("", { range: [0, 1.02], tickformat: ".0%", domain: [0.24, 1] }),
+    xaxis: axis("confidence", { range: [0, 1], dtick: 0.25, tickformat: ".0%", showgrid: false, anchor: "y2" }), yaxis: axis("", { range: [0, 1.02], tickformat: ".0%", domain: [0.24, 1] }),
     yaxis2: axis("", { domain: [0, 0.17], showticklabels: false, showgrid: false, range: [0, 1] }) }), CONFIG);
 }
 
-function severity(element, title, value, format) {
+function severity(element, value, format) {
   const parts = report.severity, clean = parts.find((part) => part.kind === "none");
   const kinds = [...new Set(parts.filter((part) => part.kind !== "none").map((part) => part.kind))];
   const lines = kinds.map((kind) => [clean, ...parts.filter((part) => part.kind === kind)].filter((part) => part && value(part) != null));
@@ -156,11 +160,11 @@ function severity(element, title, value, format) {
   const steps = [...new Set(lines.flat().map((part) => part.severity))].sort();
   const mean = steps.map((step) => { const some = lines.flat().filter((part) => part.severity === step).map(value); return some.reduce((a, b) => a + b, 0) / some.length; });
   traces.push({ type: "scatter", mode: "lines+markers", name: "mean", x: steps, y: mean, line: { color: style("--series-1"), width: 3 }, marker: { size: 7 }, hovertemplate: `mean of the kinds, severity %{x}<br>%{y:${format}}<extra></extra>` });
-  Plotly.react(element, traces, layout({ ...titled(plain(title)), height: 340, xaxis: axis("severity", { dtick: 1, showgrid: false }), yaxis: axis("", { tickformat: format }) }), CONFIG);
+  Plotly.react(element, traces, layout({ ...framed, xaxis: axis("severity", { dtick: 1, showgrid: false }), yaxis: axis("", { tickformat: format }) }), CONFIG);
 }
 
 const evaluated = () => Object.entries(report.sets || {}).filter(([, set]) => set);
-const hide = (element) => { element.hidden = true; drawn.delete(element); };
+const hide = (element) => { element.hidden = true; element.closest(".card").hidden = true; drawn.delete(element); };
 let gl = true; // until it proves otherwise
 
 // ---- when to draw ----
@@ -188,7 +192,7 @@ function later(element, draw) {
 
 function card(parent, heading, remark, about, kind, draw) {
   const chart = make("figure", { class: `chart ${kind}` });
-  parent.append(make("article", { class: "card" }, make("h3", {}, make("span", {}, heading), make("small", {}, remark)), make("p", {}, about), chart));
+  parent.append(make("article", { class: "card" }, make("h3", {}, make("span", {}, heading), make("small", {}, remark)), about && make("p", {}, about), chart));
   later(chart, draw);
 }
 
@@ -205,9 +209,7 @@ if (find("#reliability")) {
 if (find("#severities")) {
   const add = (title, value, format) => {
     if (!report.severity.some((part) => value(part) != null)) return;
-    const figure = make("figure", { class: "chart" });
-    find("#severities").append(figure);
-    later(figure, (element) => severity(element, title, value, format));
+    card(find("#severities"), title, "", null, "", (element) => severity(element, value, format));
   };
   if (report.main) add(`Mean ${scoreOf.get(report.main).label}`, (part) => part.mean, ".4~g");
   for (const [name] of evaluated()) add(`Accuracy of ${name}`, (part) => part.accuracy[name], ".0%");

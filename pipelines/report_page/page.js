@@ -81,7 +81,8 @@ const sheet = {
     this.at = Math.max(0, list.indexOf(id));
     this.show();
     if (!this.element.open) this.element.showModal();
-    find(".on", this.element).focus();
+    find(".on", this.element).focus({ preventScroll: true });
+    this.element.scrollTop = 0;
   },
 
   step(by) {
