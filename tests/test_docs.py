@@ -141,6 +141,17 @@ def test_links_and_pictures_lead_somewhere(page):
             assert anchor in {re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in headings}, target
 
 
+def test_messages_of_the_troubleshooting_page_are_those_of_the_code():
+    sources = [path.read_text() for package in ("ops", "pipelines", "jobs") for path in (ROOT / package).glob("*.py")]
+    code = re.sub(r'"\s*\n\s*f?"', "", "\n".join(sources))  # a message over several lines is one
+    text = (ROOT / "docs/troubleshooting.md").read_text(encoding="utf-8")
+    messages = re.findall(r"^\*\*`([^`]+)`", text, re.MULTILINE)
+    assert len(messages) > 8
+    for message in messages:
+        for piece in message.split("…"):
+            assert piece.strip(" ;,") in code, f"{message}: {piece!r} is in no message"
+
+
 @pytest.fixture(scope="module")
 def readable(tmp_path_factory, ray_session, make_image):
     """A folder in which RUN, RUN2, DIR, images and arrays are what the blocks of Python take them for."""
