@@ -4,13 +4,14 @@ import numpy as np
 import pyarrow as pa
 
 from pipelines import columns
+from pipelines.detection import evaluate_trust
 from pipelines.evaluate import Grouping, evaluate, store
 from pipelines.fit import fit
 from pipelines.outcomes import open_predictions
 from pipelines.report import report
 from pipelines.run import Run
 from pipelines.score import Weighting, score
-from tests.pipelines.predicted import noisy_logits, sharded, write_predictions
+from tests.pipelines.predicted import noisy_logits, sharded, write_predictions, write_trust
 from tests.pipelines.synthetic import make_run
 
 HOSTILE = '</script><img src=x onerror="document.title=1">'
@@ -48,7 +49,7 @@ def quarantine(run, shard, reasons):
 
 
 def make_reported(folder):
-    """A run with scores, predictions, an evaluation by groups, a shard without rows, a quarantine, and its report."""
+    """A run with scores, predictions, trust in them, evaluations by groups, a shard without rows, a quarantine, and its report."""
     run, _, labels = make_run(folder, SIZES, CLASSES)
     quarantine(run, 2, ["label 17 is no class", f"cannot be decoded: {HOSTILE}", "label 18 is no class"])
     labels = mislabel(run, labels)
@@ -56,7 +57,10 @@ def make_reported(folder):
     score(run, Weighting())
     write_predictions(run, noisy_logits(labels, CLASSES), "mine")
     grouping = Grouping.parse("difficulty.rmd:0").resolve(run)
-    store(run, evaluate(run, open_predictions(run, "mine"), grouping=grouping, replicates=20), 0.0)
+    mine = open_predictions(run, "mine")
+    store(run, evaluate(run, mine, grouping=grouping, replicates=20), 0.0)
+    write_trust(run, np.random.default_rng(4).normal(size=len(labels)), "oracle")
+    store(run, evaluate_trust(run, "oracle", mine, replicates=0), 0.0, trust_in="mine")
     report(run)
     return Run.open(run.uri)
 

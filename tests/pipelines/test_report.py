@@ -107,6 +107,9 @@ def test_predictions_against_difficulty(made):
     assert found["by_difficulty"][-1]["error"] == pytest.approx(wrong[hardest].mean(), rel=1e-4)
     assert found["risk_coverage"]["risk"][-1] == pytest.approx(wrong.mean(), rel=1e-4)
     assert sum(part["count"] for part in found["reliability"]) == len(rmd)
+    trusted = data["trusts"]["oracle"]
+    assert trusted["of"] == "mine" and trusted["risk_coverage"]["risk"][-1] == pytest.approx(wrong.mean(), rel=1e-4)
+    assert trusted["risk_coverage"]["risk"] != found["risk_coverage"]["risk"]
     stored = json.loads(storage.read_bytes(run.path("evaluation", "mine.json")))
     assert found["ece"] == pytest.approx(stored["ece"], rel=1e-4)
     groups = [part for part in stored["slices"] if part["slice"] == "group"]
