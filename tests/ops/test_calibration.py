@@ -17,6 +17,7 @@ from ops.calibration import (
     calibrator_from_dict,
     classwise_calibration_error,
     confidence_calibration_error,
+    confidence_reliability_curve,
     expected_calibration_error,
     maximum_calibration_error,
     negative_log_likelihood,
@@ -412,3 +413,15 @@ def test_metacal_needs_its_option():
         MetaCalibration("accuracy", accuracy=90)
     with pytest.raises(ValueError, match="kind: must be one of"):
         MetaCalibration("coverage")
+
+
+def test_reliability_of_confidences_alone_is_that_of_the_probabilities():
+    rng = np.random.default_rng(8)
+    probs = rng.dirichlet(np.ones(4), 500)
+    labels = rng.integers(0, 4, 500)
+    expected = reliability_curve(probs, labels)
+    found = confidence_reliability_curve(probs.max(axis=1), probs.argmax(axis=1) == labels)
+    for ours, theirs in zip(found, expected):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-12)
+    with pytest.raises(ValueError, match="confidence"):
+        confidence_reliability_curve(np.array([1.5]), np.array([1]))
