@@ -194,11 +194,17 @@ def show(answer: Answer, say: Callable[[str], Any]) -> None:
             if s["slice"] == "group"
         ]
         _table(rows, ("accuracy", "confidence", "ece"), say)
+    for e in [*answer.found, *answer.trusts.values()]:
+        if shown := [
+            f"{m} {_cell(m, e.intervals[m][0])} to {_cell(m, e.intervals[m][1])}" for m in BETWEEN if m in e.intervals
+        ]:
+            say(f"95 % of resamples, {e.name}: {', '.join(shown)}")
     for line in answer.notes + [f"{e.name}: {n}" for e in [*answer.found, *answer.trusts.values()] for n in e.notes]:
         say(line)
 
 
 CALIBRATION = ("accuracy", "ece", "ece_mass", "cwece", "cwece_mass", "mce", "nll", "brier", "aurc", "e_aurc")
+BETWEEN = ("accuracy", "ece", "nll", "auroc", "tpr", "tnr")  # whose intervals are shown; the record has all
 DETECTION = ("fpr95", "auroc", "aupr_success", "aupr_error")
 
 

@@ -1,5 +1,6 @@
 """Evaluation over shards equals the metrics of the whole array; broken prediction sets are refused by name."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 from scipy.special import softmax
 
 from ops import calibration, selective
-from pipelines import calibrate, columns, detection, figures, fit, score
+from pipelines import calibrate, columns, detection, figures, fit, score, sidebyside
 from pipelines import evaluate as evaluation
 from pipelines.outcomes import calibrated, held_out_logits, load_outcomes, open_predictions
 from pipelines.run import Run
@@ -370,5 +371,19 @@ def test_figures_are_pictures(predicted):
     assert result.figures["curve"][:, 0].sum() == len(msp)
 
 
+def test_the_terminal_shows_intervals_of_a_set_that_has_them(predicted):
+    run, *_ = predicted
+    found, lines = [evaluated(run, replicates=20), dataclasses.replace(evaluated(run), name="bare")], []
+    sidebyside.show(sidebyside.Answer(found, {}, {e.name: e.record() for e in found}, []), lines.append)
+    low, high = found[0].intervals["accuracy"]
+    assert [line for line in lines if "resamples" in line] == [lines[-1]]
+    assert lines[-1].startswith(f"95 % of resamples, p: accuracy {100 * low:.2f} to {100 * high:.2f}, ece ")
+
+
 def test_run_is_unchanged(predicted):
-    assert Run.open(predicted[0].uri).record["stages"].keys() == {"embed", "fit", "score"}
+    assert Run.open(predicted[0].uri).record["stages"].keys() == {
+        "embed",
+        "fit",
+        "score",
+        "percentiles/difficulty",
+    }
