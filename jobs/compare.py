@@ -122,7 +122,7 @@ def _compare_trainings(comparison: CompareOptions) -> dict[str, Any]:
 
 def _cells(row: trainings.Row, apart: Sequence[str]) -> list[str]:
     first = row.trainings[0]
-    name = first.name if len(row.trainings) == 1 else f"{first.name} and {len(row.trainings) - 1} more seeds"
+    name = first.name if len(row.trainings) == 1 else f"{first.name} ({len(row.trainings)} seeds)"
     epochs = f"{first.epochs}" + ("" if all(t.finished for t in row.trainings) else " (unfinished)")
     settings = ["–" if (value := first.settings.get(setting)) is None else str(value) for setting in apart]
     return [name, *settings, epochs, *(_metric(row, metric) for metric in trainings.METRICS)]

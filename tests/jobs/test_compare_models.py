@@ -77,7 +77,7 @@ def test_the_table_says_what_differs_and_the_metrics_of_each_result(models, caps
 
 def test_seeds_come_together_with_their_mean_and_deviation(models, capsys):
     table, found = compared(capsys, "--models", models, "--over-seeds")
-    assert len(table) == 3 and table[1][0].strip() == "focal-0 and 1 more seeds" and "seed" not in table[0]
+    assert len(table) == 3 and table[1][0].strip() == "focal-0 (2 seeds)" and "seed" not in table[0]
     values = [result_of(models / name)["nll"] for name in ("focal-0", "focal-1")]
     assert found[0]["nll"] == pytest.approx(np.mean(values))
     assert found[0]["nll_std"] == pytest.approx(np.std(values, ddof=1))
