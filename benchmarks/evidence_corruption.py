@@ -3,7 +3,8 @@
 python -m benchmarks.evidence_corruption --train RUN --shards 'DIR/test-000000.tar' --out FOLDER
 
 The corruptions at five severities become one run, a shard each, embedded as --train was and scored with its Gaussians.
-Heads trained with CE and with difficulty-aware entropy (Cui et al. 2023, eq. 9), three seeds. --train must be scored (hardset curate).
+Heads trained with CE, with difficulty-aware entropy (Cui et al. 2023, eq. 9) and with plain entropy regularisation of the same
+mean strength, three seeds. --train must be scored (hardset curate).
 """
 
 import argparse
@@ -17,7 +18,17 @@ import numpy as np
 from matplotlib.figure import Figure
 from scipy.stats import spearmanr
 
-from benchmarks.heads import Head, encoder_of, predict_last, replace_section, spread, table, train_heads
+from benchmarks.heads import (
+    ALPHA,
+    Head,
+    difficulty_losses,
+    encoder_of,
+    predict_last,
+    replace_section,
+    spread,
+    table,
+    train_heads,
+)
 from jobs.embed import main as embed
 from jobs.options import RunOptions
 from jobs.score import main as score
@@ -31,11 +42,6 @@ from pipelines.outcomes import load_outcomes, open_predictions
 from pipelines.run import Run
 from pipelines.shards import expand_shards
 from pipelines.train import Choices
-
-LOSSES = {
-    "CE": (LossChoice(), None),
-    "difficulty-aware": (LossChoice("difficulty_entropy", {"alpha": 0.3}), "difficulty.weight"),
-}
 
 
 def main() -> None:
@@ -55,7 +61,9 @@ def main() -> None:
 
 def measure(asked: argparse.Namespace) -> None:
     run = Run.open(asked.train)
-    heads = {name: heads_of(asked, name) for name in LOSSES}
+    losses = difficulty_losses(run)
+    del losses[f"ER, α {ALPHA}"]  # stronger than the difficulty-aware loss: no fair comparison
+    heads = {name: heads_of(asked, *choice) for name, choice in losses.items()}
     train_heads(run, [head for of_loss in heads.values() for head in of_loss], asked.processes)
     with ray_session(RunOptions(run=asked.train)):
         corrupted = corrupted_run(asked, run)
@@ -78,8 +86,7 @@ def corrupted_run(asked: argparse.Namespace, run: Run) -> Run:
     return Run.open(str(asked.out / "run"))
 
 
-def heads_of(asked: argparse.Namespace, name: str) -> list[Head]:
-    loss, weights = LOSSES[name]
+def heads_of(asked: argparse.Namespace, loss: LossChoice, weights: str | None) -> list[Head]:
     recipe = Recipe(epochs=asked.epochs, schedule="cosine", weight_decay=5e-4)
     chosen = Choices(model=asked.model, holdout=0.02, weights=weights)
     return [

@@ -17,7 +17,16 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from benchmarks.heads import Head, encoder_of, predict_last, replace_section, spread, table, train_heads
+from benchmarks.heads import (
+    Head,
+    difficulty_losses,
+    encoder_of,
+    predict_last,
+    replace_section,
+    spread,
+    table,
+    train_heads,
+)
 from jobs.embed import main as embed
 from jobs.fit import main as fit
 from jobs.options import RunOptions
@@ -32,9 +41,6 @@ from pipelines.outcomes import open_predictions
 from pipelines.run import Run
 from pipelines.sidebyside import Question, side_by_side
 from pipelines.train import Choices
-
-ALPHA = 0.3  # Cui et al. 2023, for CIFAR
-WEIGHT = "difficulty.weight"
 
 
 def main() -> None:
@@ -58,7 +64,7 @@ def main() -> None:
         digits = embedded_digits(train, asked.out)
     inside = part_of(test, asked.out / "test-known", known)
     foreign = {"held-out classes": part_of(test, asked.out / "test-foreign", asked.held_out), "digits": digits}
-    losses = choices_of(every)
+    losses = difficulty_losses(every)
     heads = {name: heads_of(asked, losses, name) for name in ("all", "known")}
     for name, run in (("all", every), ("known", fewer)):
         train_heads(run, [head for of_loss in heads[name].values() for head in of_loss], asked.processes)
@@ -113,18 +119,6 @@ def embedded_digits(train: Run, out: Path) -> Run:
     words = ["--shards", str(shards), "--run", run, "--encoder", train.config.encoder, "--label", "none"]
     assert embed([*words, "--mlflow", "none"]) == 0, "the digits could not be embedded"
     return Run.open(run)
-
-
-def choices_of(run: Run) -> dict[str, tuple[LossChoice, str | None]]:
-    """Each loss compared and its column of weights; the equal strength is α times the mean weight of the run."""
-    mean = float(columns.load(run.uri, [WEIGHT])[WEIGHT].to_numpy().mean())
-    plain = "entropy_regularized"
-    return {
-        "CE": (LossChoice(), None),
-        f"ER, α {ALPHA}": (LossChoice(plain, {"alpha": ALPHA}), None),
-        f"ER, α {ALPHA * mean:.3f}": (LossChoice(plain, {"alpha": round(ALPHA * mean, 3)}), None),
-        f"difficulty-aware, α {ALPHA}": (LossChoice("difficulty_entropy", {"alpha": ALPHA}), WEIGHT),
-    }
 
 
 def heads_of(

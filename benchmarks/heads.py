@@ -23,6 +23,9 @@ from pipelines.predict import predict
 from pipelines.run import Run
 from pipelines.train import Choices, plan_training
 
+ALPHA = 0.3  # Cui et al. 2023, for CIFAR
+WEIGHT = "difficulty.weight"
+
 
 @dataclasses.dataclass(frozen=True)
 class Head:
@@ -59,6 +62,18 @@ def predict_last(run: Run, folder: str, name: str) -> None:
     """Predictions of the last epoch's weights."""
     checkpoint = str(Path(folder).resolve() / "last")
     predict(run, load_classifier(checkpoint), name, checkpoint=checkpoint)
+
+
+def difficulty_losses(run: Run) -> dict[str, tuple[LossChoice, str | None]]:
+    """CE, entropy regularisation, that at the mean strength of eq. 9 on a scored run, and eq. 9; each with its weights."""
+    mean = float(columns.load(run.uri, [WEIGHT])[WEIGHT].to_numpy().mean())
+    plain = "entropy_regularized"
+    return {
+        "CE": (LossChoice(), None),
+        f"ER, α {ALPHA}": (LossChoice(plain, {"alpha": ALPHA}), None),
+        f"ER, α {ALPHA * mean:.3f}": (LossChoice(plain, {"alpha": round(ALPHA * mean, 3)}), None),
+        f"difficulty-aware, α {ALPHA}": (LossChoice("difficulty_entropy", {"alpha": ALPHA}), WEIGHT),
+    }
 
 
 def encoder_of(run: Run) -> str:

@@ -97,7 +97,7 @@ def draw_boxes(
             medianprops={"color": "0.15"}, flierprops={"markersize": 3, "markeredgecolor": "0.5"},
         )  # fmt: skip
         for box in boxes["boxes"]:
-            box.set(facecolor=(RIGHT, WRONG, *(f"C{n}" for n in range(10)))[number], alpha=0.6)
+            box.set(facecolor=(RIGHT, WRONG, *(f"C{n}" for n in range(2, 10)))[number], alpha=0.6)
         boxes["boxes"][0].set_label(name)
     axes.set_xticks(range(len(positions)), positions)
     axes.set(xlabel=xlabel, ylabel=ylabel)
