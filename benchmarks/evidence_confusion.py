@@ -170,7 +170,9 @@ def transfer_section(test: Run, others: list[str], scores: np.ndarray, outside: 
 def described(run: Run) -> str:
     entry = run.stage("confusion")
     # An encoder given by a file is told by its factory: the path is this machine's.
-    return f"{entry['form']}, {entry['seeds']} × {entry['epochs']}, run of {run.config.encoder.rpartition(':')[2].strip()}"
+    return (
+        f"{entry['form']}, {entry['seeds']} × {entry['epochs']}, run of {run.config.encoder.rpartition(':')[2].strip()}"
+    )
 
 
 def robustness_section(variants: dict[tuple[int, int], np.ndarray], outside: dict[str, np.ndarray]) -> str:
