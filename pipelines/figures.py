@@ -101,6 +101,7 @@ def draw_boxes(
         boxes["boxes"][0].set_label(name)
     axes.set_xticks(range(len(positions)), positions)
     axes.set(xlabel=xlabel, ylabel=ylabel)
+    axes.margins(y=0.12)  # room for the legend
     _legend(axes, len(values) if len(values) > 1 else 0)
 
 
