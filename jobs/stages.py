@@ -14,10 +14,10 @@ from ops.encoders import load_encoder
 from pipelines import columns, storage
 from pipelines import embed as embedding
 from pipelines import fit as fitting
-from pipelines import report as reporting
 from pipelines import score as scoring
 from pipelines import select as selecting
 from pipelines.progress import bottleneck, duration
+from pipelines.report import page as reporting
 from pipelines.run import CorpusConfig, Run
 from pipelines.shards import LabelSource, expand_shards
 

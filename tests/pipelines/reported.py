@@ -8,7 +8,7 @@ from pipelines.detection import evaluate_trust
 from pipelines.evaluate import Grouping, evaluate, store
 from pipelines.fit import fit
 from pipelines.outcomes import open_predictions
-from pipelines.report import report
+from pipelines.report.page import report
 from pipelines.run import Run
 from pipelines.score import Weighting, score
 from tests.pipelines.predicted import noisy_logits, sharded, write_predictions, write_trust

@@ -13,11 +13,12 @@ import pytest
 from PIL import Image
 from scipy.stats import kendalltau, spearmanr
 
-from pipelines import columns, report_data, storage
-from pipelines.report import json_block, report
-from pipelines.report_curves import error_by_difficulty, histogram, wilson
-from pipelines.report_pictures import pictures
-from pipelines.report_scan import Limits
+from pipelines import columns, storage
+from pipelines.report.curves import error_by_difficulty, histogram, wilson
+from pipelines.report.data import collect
+from pipelines.report.page import json_block, report
+from pipelines.report.pictures import pictures
+from pipelines.report.scan import Limits
 from pipelines.run import Run
 from tests.pipelines.predicted import noisy_logits, write_predictions
 from tests.pipelines.reported import CLASSES, HOSTILE
@@ -232,7 +233,7 @@ def test_severities_come_from_the_folders_of_the_shards(tmp_path, made):
     record = json.loads(json.dumps(run.record))
     for number, folder in enumerate(("clean", "fog-1", "fog-3")):
         record["shards"][number]["url"] = f"/somewhere/{folder}/test.tar"
-    found = report_data.collect(Run(run.uri, record), Limits(pictures=0))["data"]["severity"]
+    found = collect(Run(run.uri, record), Limits(pictures=0))["data"]["severity"]
     rmd = pq.read_table(f"{run.uri}/difficulty/000002.parquet")["rmd"].to_numpy()
     assert [(part["kind"], part["severity"], part["count"]) for part in found] == [("fog", 3, 130), ("none", 0, 70)]
     assert found[0]["mean"] == pytest.approx(rmd.mean(), rel=1e-4)

@@ -8,9 +8,9 @@ import numpy as np
 import pyarrow as pa
 
 from pipelines import columns
-from pipelines.report_curves import agreement, error_by_difficulty, histogram, outcome, risk_coverage, rounded
-from pipelines.report_pictures import pictures, places
-from pipelines.report_scan import (
+from pipelines.report.curves import agreement, error_by_difficulty, histogram, outcome, risk_coverage, rounded
+from pipelines.report.pictures import pictures, places
+from pipelines.report.scan import (
     MAIN,
     MARGIN,
     NEAREST,

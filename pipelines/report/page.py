@@ -11,14 +11,15 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from pipelines import columns, report_evaluation, report_words, storage
-from pipelines.report_data import collect
-from pipelines.report_scan import Limits
+from pipelines import columns, storage
+from pipelines.report import evaluation, words
+from pipelines.report.data import collect
+from pipelines.report.scan import Limits
 from pipelines.run import Run, fingerprint, library_versions
 from pipelines.summary import column_groups
 
 FILE = "report/index.html"
-PAGE = "report_page"
+TEMPLATE = "template"
 ASSETS = ("page.html", "page.css", "page.js", "charts.js")
 
 
@@ -50,8 +51,8 @@ def report(run: Run, class_names: Sequence[str] = (), limits: Limits | None = No
     if before and before["source"] == source and storage.exists(path):
         return before | {"path": path, "skipped": True}
     started = time.monotonic()
-    evaluations, problems = report_evaluation.stored(run)
-    found = collect(run, limits, class_names, report_evaluation.watched(evaluations))
+    evaluations, problems = evaluation.stored(run)
+    found = collect(run, limits, class_names, evaluation.watched(evaluations))
     found["notes"] += problems
     page = render(run, found, evaluations)
     storage.write_text_atomic(path, page)
@@ -73,26 +74,26 @@ def _inputs(run: Run) -> list[Any]:
     groups = [columns.QUARANTINE, *column_groups(run)]
     facts = {group: columns.all_facts(run.uri, group, len(run.shards)) for group in groups}
     sources = {group: [fact and fact["source"] for fact in found] for group, found in facts.items()}
-    evaluations = [[path, fingerprint(storage.read_bytes(path).decode())] for path in report_evaluation.files(run)]
+    evaluations = [[path, fingerprint(storage.read_bytes(path).decode())] for path in evaluation.files(run)]
     return [record | {"stages": stages}, sources, evaluations]
 
 
 def render(run: Run, found: dict[str, Any], evaluations: list[dict[str, Any]]) -> str:
-    """The page of what `report_data.collect` and `report_evaluation.stored` found."""
-    found["data"]["groups"] = report_evaluation.groups(evaluations)
-    found["data"]["title"] = report_words.run_name(run)
+    """The page of what `data.collect` and `evaluation.stored` found."""
+    found["data"]["groups"] = evaluation.groups(evaluations)
+    found["data"]["title"] = words.run_name(run)
     tables = {
-        "metrics": report_evaluation.metric_table(evaluations, found["data"].get("sets", {})),
-        "outside": report_evaluation.outside(evaluations),
+        "metrics": evaluation.metric_table(evaluations, found["data"].get("sets", {})),
+        "outside": evaluation.outside(evaluations),
     }
     environment = Environment(
-        loader=PackageLoader("pipelines", PAGE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=PackageLoader(__package__, TEMPLATE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )  # fmt: skip
-    environment.filters |= {"percent": report_words.percent, "number": report_words.number}
+    environment.filters |= {"percent": words.percent, "number": words.number}
     return environment.get_template("page.html").render(
         **tables,
         title=found["data"]["title"],
-        words=report_words,
+        words=words,
         run=run,
         found=found,
         notes=found["notes"],
@@ -137,4 +138,4 @@ def json_block(data: dict[str, Any]) -> str:
 
 
 def _asset(name: str) -> str:
-    return importlib.resources.files("pipelines").joinpath(PAGE, name).read_text(encoding="utf-8")
+    return importlib.resources.files(__package__).joinpath(TEMPLATE, name).read_text(encoding="utf-8")

@@ -55,7 +55,7 @@ def metric_table(evaluations: list[dict[str, Any]], sets: dict[str, Any]) -> dic
     evaluations : list of dict
         `stored`'s.
     sets : dict
-        Outcome curves of each prediction set (`report_data`), None for one without labels.
+        Outcome curves of each prediction set (`data`), None for one without labels.
     """
     evaluated = {entry["name"] for entry in evaluations}
     everything = evaluations + [

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 import pyarrow as pa
 from PIL import Image
 
-from pipelines.report_scan import Limits
+from pipelines.report.scan import Limits
 from pipelines.run import Run
 from pipelines.shards import Shard, ShardChanged, read_images
 from pipelines.tarstream import StorageError

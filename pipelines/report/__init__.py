@@ -1,0 +1,1 @@
+"""The report: what is in a run, as one HTML page."""
