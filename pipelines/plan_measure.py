@@ -89,7 +89,7 @@ def measure(
     """
     try:
         probed, worker_bytes = _probe(shards, config, resources, scratch, target_s / 2)
-        if not any(p["samples"] - p["left_out"] for p in probed):
+        if not any(p["samples"] > p["left_out"] for p in probed):  # which counts an unreadable rest too
             raise ValueError(
                 f"--shards: the {len(shards)} measured ones hold no usable sample; hardset validate says why"
             )
