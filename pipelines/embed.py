@@ -33,7 +33,7 @@ from pipelines.shards import LabelSource, Shard, read_shards, shard_digest
 from pipelines.tasks import in_order
 
 DECODERS = {"cpu": 1, "cuda": 4}  # threads per actor
-SHARDS_AT_ONCE = 20_000  # per Ray dataset, which holds about 3 KB in the driver for each (benchmarks/scale.md)
+SHARDS_AT_ONCE = 20_000  # per Ray dataset, whose driver puts a pickled read task for each before it reads the first
 PIXELS_AT_ONCE = 1 << 26  # of decoded pictures per thread: 192 MiB
 STEPS = ("read", "decode", "transfer", "model", "write")  # where the seconds of embedding go
 PART_NOTE = pa.schema(
