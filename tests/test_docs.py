@@ -178,11 +178,13 @@ def readable(tmp_path_factory, ray_session, make_image):
     return folder
 
 
-@pytest.mark.parametrize("page", PAGES, ids=IDS)
+def python_of(page):
+    return [block for block in blocks(page, "python") if NO_RAY_JOB not in block]
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if python_of(page)], ids=lambda page: page.name)
 def test_blocks_of_python_run(page, request, monkeypatch):
-    found = [block for block in blocks(page, "python") if NO_RAY_JOB not in block]
-    if not found:
-        pytest.skip("no Python on this page")
+    found = python_of(page)
     monkeypatch.chdir(request.getfixturevalue("readable"))
     for block in found:
         exec(compile(small(block), str(page), "exec"), {})

@@ -37,6 +37,7 @@ def last_line(capsys):
     return json.loads(capsys.readouterr().out.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_validate_says_what_curate_leaves_out_and_plan_what_it_takes(shards, tmp_path, capsys):
     assert validate(["--shards", str(shards), "--decode-every", "1", "--max-bad-fraction", "0.2", "--json"]) == 0
     checked = last_line(capsys)
@@ -104,6 +105,7 @@ def test_mistakes_end_with_status_2(shards, capsys, command, words, said):
     assert said in capsys.readouterr().err.splitlines()[-1]
 
 
+@pytest.mark.slow
 @pytest.mark.slow
 def test_a_plan_without_a_run_leaves_nothing_behind(shards, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)

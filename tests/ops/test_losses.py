@@ -266,7 +266,7 @@ def test_scores_outside_the_edges_count_in_the_end_bins():
 
 def test_a_score_on_an_edge_counts_in_the_upper_bin():
     cdf = 1 / (1 + math.exp((0.75 - 0.5) / 0.1))  # both scores are 1/2; the bins' centres 1/4 and 3/4
-    value = losses.selective_aurc(np.zeros((2, 2)), np.array([0, 1]), edges=[0.0, 0.5, 1.0])
+    value = losses.selective_aurc(np.zeros((2, 2)), np.array([0, 1]), nu=0.1, edges=[0.0, 0.5, 1.0])
     np.testing.assert_allclose(value, -math.log(1 - cdf) / cdf * math.log(2), rtol=1e-12)
 
 
