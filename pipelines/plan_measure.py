@@ -25,7 +25,7 @@ from pipelines.plan import Measured, StageCost
 from pipelines.run import CorpusConfig, Run
 from pipelines.shards import BLOCK_BYTES, LabelSource, Shard, read_shard
 
-MOST_SHARDS = 512  # of the scratch run
+MOST_SHARDS = 64  # of the scratch run: repeating shards of a dozen images until they last is minutes of starting tasks
 PARTS = 8  # of the measured time, for the interval
 SUBSET = "hard"
 

@@ -10,7 +10,7 @@ from scipy import stats
 from pipelines import columns, plan, storage
 from pipelines.embed import STEPS, Resources
 from pipelines.plan import Measured, StageCost
-from pipelines.plan_measure import Probe, _parts, _repeats
+from pipelines.plan_measure import MOST_SHARDS, Probe, _parts, _repeats
 from pipelines.run import CorpusConfig
 from pipelines.shards import Shard, expand_shards
 from tests.pipelines.synthetic import make_run, write_shards
@@ -116,7 +116,9 @@ def test_parts_leave_out_the_start_and_the_end():
     assert len(_parts(np.array([1.0, 2.0]), np.array([5, 5]), workers=2)) == 1
 
 
-@pytest.mark.parametrize(("alone_s", "workers", "expected"), [(2.0, 2, 20), (1000.0, 2, 6), (1e-9, 2, 256)])
+@pytest.mark.parametrize(
+    ("alone_s", "workers", "expected"), [(2.0, 2, 20), (1000.0, 2, 6), (1e-9, 2, MOST_SHARDS // 2)]
+)
 def test_repeats(alone_s, workers, expected):
     shards = [Shard("a", 1000, 0), Shard("b", 1000, 0)]
     assert _repeats(shards, alone_s, workers, target_s=20.0) == expected
