@@ -13,7 +13,16 @@ import datetime
 import json
 from pathlib import Path
 
-from benchmarks.heads import Head, encoder_of, predict_last, replace_section, spread, table, train_heads
+from benchmarks.heads import (
+    Head,
+    add_head_options,
+    encoder_of,
+    predict_last,
+    replace_section,
+    spread,
+    table,
+    train_heads,
+)
 from jobs.options import RunOptions
 from jobs.session import ray_session
 from pipelines.calibrate import METHODS, MetaTargets
@@ -47,10 +56,7 @@ def main() -> None:
     parser.add_argument("--test", required=True, help="run of the same encoder, of at least 5 shards")
     parser.add_argument("--out", required=True, type=Path, help="folder for the heads; finished ones are used again")
     parser.add_argument("--report", type=Path, default=Path("benchmarks/calibration_losses.md"))
-    parser.add_argument("--model", default="mlp:512")
-    parser.add_argument("--epochs", type=int, default=20)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--processes", type=int, default=1, help="heads trained at a time")
+    add_head_options(parser, epochs=20)
     measure(parser.parse_args())
 
 

@@ -21,6 +21,7 @@ from scipy.stats import spearmanr
 from benchmarks.heads import (
     ALPHA,
     Head,
+    add_head_options,
     difficulty_losses,
     encoder_of,
     predict_last,
@@ -52,10 +53,7 @@ def main() -> None:
     parser.add_argument("--report", type=Path, default=Path("benchmarks/corruption.md"))
     parser.add_argument("--picture", type=Path, default=Path("docs/corruption.png"))
     parser.add_argument("--kinds", nargs="+", default=["all"])
-    parser.add_argument("--model", default="mlp:512")
-    parser.add_argument("--epochs", type=int, default=15)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--processes", type=int, default=1, help="heads trained at a time")
+    add_head_options(parser, epochs=15)
     measure(parser.parse_args())
 
 

@@ -19,6 +19,7 @@ import pyarrow as pa
 
 from benchmarks.heads import (
     Head,
+    add_head_options,
     difficulty_losses,
     encoder_of,
     predict_last,
@@ -51,10 +52,7 @@ def main() -> None:
     parser.add_argument("--report", type=Path, default=Path("benchmarks/detection.md"))
     parser.add_argument("--shards", type=int, help="of the training run, the first so many (default: all)")
     parser.add_argument("--held-out", type=int, nargs="+", default=[3, 9], help="classes that count as foreign")
-    parser.add_argument("--model", default="mlp:512")
-    parser.add_argument("--epochs", type=int, default=10)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--processes", type=int, default=1, help="heads trained at a time")
+    add_head_options(parser, epochs=10)
     asked = parser.parse_args()
     train, test = Run.open(asked.train), Run.open(asked.test)
     known = [label for label in range(len(train.classes)) if label not in asked.held_out]

@@ -3,6 +3,7 @@
 Ray plans the trainings and computes predictions; the trainings themselves are processes of their own, a core each.
 """
 
+import argparse
 import concurrent.futures
 import dataclasses
 import multiprocessing
@@ -35,6 +36,14 @@ class Head:
     loss: LossChoice
     recipe: Recipe
     choices: Choices
+
+
+def add_head_options(parser: argparse.ArgumentParser, epochs: int) -> None:
+    """What scripts that train heads have in common."""
+    parser.add_argument("--model", default="mlp:512")
+    parser.add_argument("--epochs", type=int, default=epochs)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--processes", type=int, default=1, help="heads trained at a time")
 
 
 def train_heads(run: Run, heads: Iterable[Head], processes: int = 1) -> list[dict]:

@@ -76,12 +76,7 @@ def confidence_calibration_error(confidence: Array, correct: Array, bins: int = 
     For scores that are no class probabilities (a sigmoid of a trust score), and far cheaper to resample than (n, K)
     probabilities. Binning rules: `expected_calibration_error`. ValueError for other values, shapes, NaN, no sample.
     """
-    confidence, correct = to_numpy(confidence), to_numpy(correct)
-    check_vector("confidence", confidence)
-    check_range("confidence", float(confidence.min()), 0, 1)
-    check_range("confidence", float(confidence.max()), 0, 1)
-    check_zero_one("correct", correct, len(confidence))
-    gaps = _gaps(confidence.astype(np.float64), correct.astype(np.float64), bins, binning)
+    gaps = _gaps(*_confidence_and_outcome(confidence, correct), bins, binning)
     return float(np.abs(gaps).sum() / len(confidence))
 
 
@@ -89,12 +84,7 @@ def confidence_reliability_curve(
     confidence: Array, correct: Array, bins: int = 15, binning: str = "width"
 ) -> ReliabilityCurve:
     """`reliability_curve` of any confidence in [0, 1] (n,) against outcomes (n,) of 0 and 1; errors as above."""
-    values, outcomes = to_numpy(confidence), to_numpy(correct)
-    check_vector("confidence", values)
-    check_range("confidence", float(values.min()), 0, 1)
-    check_range("confidence", float(values.max()), 0, 1)
-    check_zero_one("correct", outcomes, len(values))
-    curve = _reliability(values.astype(np.float64), outcomes.astype(np.float64), bins, binning)
+    curve = _reliability(*_confidence_and_outcome(confidence, correct), bins, binning)
     return ReliabilityCurve(*(like(part, confidence) for part in curve))
 
 
@@ -399,6 +389,16 @@ def _columns(array: np.ndarray) -> Iterator[np.ndarray]:
     step = max(1, min(64, _COLUMNS // n))
     for start in range(0, num_classes, step):
         yield from np.ascontiguousarray(array[:, start : start + step].T, dtype=np.float64)
+
+
+def _confidence_and_outcome(confidence: Array, correct: Array) -> tuple[np.ndarray, np.ndarray]:
+    """Both checked, (n,) float64."""
+    values, outcomes = to_numpy(confidence), to_numpy(correct)
+    check_vector("confidence", values)
+    check_range("confidence", float(values.min()), 0, 1)
+    check_range("confidence", float(values.max()), 0, 1)
+    check_zero_one("correct", outcomes, len(values))
+    return values.astype(np.float64), outcomes.astype(np.float64)
 
 
 def _top_label(probs: Array, labels: Array) -> tuple[np.ndarray, np.ndarray]:

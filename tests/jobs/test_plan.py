@@ -106,7 +106,6 @@ def test_mistakes_end_with_status_2(shards, capsys, command, words, said):
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 def test_a_plan_without_a_run_leaves_nothing_behind(shards, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     words = ["--shards", f"{shards}/train-000000.tar", "--encoder", "pixels:3", "--workers", "1", "--samples", "5.85e9"]
