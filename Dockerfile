@@ -9,3 +9,5 @@ COPY ops /opt/hardset/ops
 COPY pipelines /opt/hardset/pipelines
 COPY jobs /opt/hardset/jobs
 RUN pip install --no-cache-dir --no-deps /opt/hardset
+# Else Ray ends and starts reading and writing processes all the time where actors hold most cores (jobs/session.py).
+ENV RAY_idle_worker_killing_time_threshold_ms=60000

@@ -10,16 +10,18 @@ from typing import Any
 
 from jobs.options import RunOptions, SessionOptions
 
-# Read when Ray is imported, which therefore happens inside the functions below: its data plane would print 29 lines per
-# dataset, its core a warning per pool of actors, and under `uv run` it would start every worker through uv.
-QUIET = {
-    "RAY_DATA_LOG_LEVEL": "ERROR",
-    "RAY_BACKEND_LOG_LEVEL": "fatal",
-    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
+# Read when Ray is imported, which therefore happens inside the functions below.
+RAY_SETTINGS = {
+    "RAY_DATA_LOG_LEVEL": "ERROR",  # else 29 lines per dataset
+    "RAY_BACKEND_LOG_LEVEL": "fatal",  # else a warning per pool of actors
+    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # under `uv run` every worker would start through uv
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
+    # Ray ends a process that has idled for a second once there are more of them than free cores, and actors hold those:
+    # on 2 cores readers and writers were started again and again, 4 s of imports each, for a third of the time.
+    "RAY_idle_worker_killing_time_threshold_ms": "60000",
 }
-for name, value in QUIET.items():
+for name, value in RAY_SETTINGS.items():
     os.environ.setdefault(name, value)
 
 

@@ -10,16 +10,15 @@ import ray
 from jobs.command import say
 from jobs.options import CorpusOptions, GaussianOptions, RunOptions, SelectOptions, WeightOptions, WorkerOptions
 from jobs.session import Tracker
-from ops.encoders import load_encoder
 from pipelines import columns, storage
 from pipelines import embed as embedding
 from pipelines import fit as fitting
 from pipelines import score as scoring
 from pipelines import select as selecting
 from pipelines.progress import bottleneck, duration
-from pipelines.report import page as reporting
 from pipelines.run import CorpusConfig, Run
 from pipelines.shards import LabelSource, expand_shards
+from pipelines.workers import Resources
 
 
 def open_run(options: RunOptions, corpus: CorpusOptions) -> Run:
@@ -44,6 +43,8 @@ def open_run(options: RunOptions, corpus: CorpusOptions) -> Run:
 
 def corpus_config(corpus: CorpusOptions, known: CorpusConfig | None) -> CorpusConfig:
     """What the options say; where they say nothing, what the run that is there was made with; else the defaults."""
+    from ops.encoders import load_encoder  # torch, which a command that names no encoder does not wait for
+
     asked = {name: getattr(corpus, name) for name in ("label", "views", "dtype", "max_pixels")}
     asked["normalize"] = corpus.normalize or None
     if corpus.classes is not None:
@@ -68,7 +69,7 @@ def read_names(uri: str) -> tuple[str, ...]:
     return tuple(line.strip() for line in text.splitlines() if line.strip())
 
 
-def resources(workers: WorkerOptions) -> embedding.Resources:
+def resources(workers: WorkerOptions) -> Resources:
     """Actors for the cluster that is there. Never silently on the CPU: the choice is said.
 
     `--device cuda` is taken at its word on a cluster, whose GPUs may only come once work waits for them.
@@ -82,7 +83,7 @@ def resources(workers: WorkerOptions) -> embedding.Resources:
     count = workers.workers or max(1, gpus if device == "cuda" else int(cpus))
     # At most half the cores for the actors: reads and writes must fit beside them, or nothing ever runs.
     share = min(1.0 if device == "cuda" else 0.5, 0.5 * cpus / count if alone else 1.0)
-    return embedding.Resources(device, count, round(share, 4), workers.batch_size)
+    return Resources(device, count, round(share, 4), workers.batch_size)
 
 
 def array_device(workers: WorkerOptions) -> str:
@@ -163,6 +164,8 @@ def select(run: Run, options: SelectOptions) -> dict[str, Any]:
 
 def report(run: Run, tracker: Tracker, class_names: Sequence[str] = ()) -> dict[str, Any]:
     """Write the report, and store it with the MLflow run."""
+    from pipelines.report import page as reporting  # plots and templates, which no other stage waits for
+
     entry = reporting.report(run, class_names)
     done = "already there" if entry["skipped"] else f"{entry['bytes'] / 1e6:.1f} MB, {duration(entry['seconds'])}"
     say(f"report: {entry['pictures']:,} pictures, {done}: {entry['path']}")

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from scipy import stats
+from scipy.special import stdtrit
 
 from pipelines import columns, storage
 from pipelines.run import Run
@@ -96,7 +96,7 @@ def relative_half_width(values: Sequence[float]) -> float:
     x = np.asarray(values, np.float64)
     if len(x) < 2:
         return 0.0
-    t = stats.t.ppf(0.5 + CONFIDENCE / 2, len(x) - 1)
+    t = stdtrit(len(x) - 1, 0.5 + CONFIDENCE / 2)
     return float(t * x.std(ddof=1) / math.sqrt(len(x)) / x.mean())
 
 

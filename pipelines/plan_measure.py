@@ -24,6 +24,7 @@ from pipelines import select as selecting
 from pipelines.plan import Measured, StageCost
 from pipelines.run import CorpusConfig, Run
 from pipelines.shards import BLOCK_BYTES, LabelSource, Shard, read_shard
+from pipelines.workers import DECODERS, STEPS, Resources
 
 MOST_SHARDS = 64  # of the scratch run: repeating shards of a dozen images until they last is minutes of starting tasks
 PARTS = 8  # of the measured time, for the interval
@@ -33,13 +34,15 @@ SUBSET = "hard"
 class Probe:
     """Ray actor: an embedding worker that runs alone and does one step after the other."""
 
-    def __init__(self, config: CorpusConfig, resources: embedding.Resources):
+    def __init__(self, config: CorpusConfig, resources: Resources):
         self.labels = LabelSource(config.label, config.class_names)
-        self.worker = embedding.EmbedImages(config, resources)
+        from pipelines.embedder import EmbedImages
+
+        self.worker = EmbedImages(config, resources)
 
     def shard(self, number: int, shard: Shard, scratch: str, limit_s: float) -> dict[str, Any]:
         """Counts of a shard, all of it read; seconds per sample of each step, of the blocks begun within `limit_s`."""
-        spent, embedded, reading, end = dict.fromkeys(embedding.STEPS, 0.0), 0, 0.0, {}
+        spent, embedded, reading, end = dict.fromkeys(STEPS, 0.0), 0, 0.0, {}
         started = before = time.perf_counter()
         for table in read_shard(number, shard, self.labels):
             reading += time.perf_counter() - before
@@ -61,7 +64,7 @@ class Probe:
 def measure(
     shards: Sequence[Shard],
     config: CorpusConfig,
-    resources: embedding.Resources,
+    resources: Resources,
     scratch: str,
     session_s: float,
     target_s: float = 20.0,
@@ -93,7 +96,7 @@ def measure(
             raise ValueError(
                 f"--shards: the {len(shards)} measured ones hold no usable sample; hardset validate says why"
             )
-        alone = {s: _weighted(probed, s) for s in embedding.STEPS}
+        alone = {s: _weighted(probed, s) for s in STEPS}
         repeats = _repeats(shards, sum(p["samples"] for p in probed) * sum(alone.values()), resources.workers, target_s)
         run = Run.create(storage.join(scratch, "run"), config, list(shards) * repeats, overwrite=True)
         with contextlib.redirect_stderr(io.StringIO()):  # progress over shards that nobody asked for
@@ -115,13 +118,13 @@ def measure(
         worker_bytes=worker_bytes,
         device=resources.device,
         workers=resources.workers,
-        decoders=embedding.DECODERS[resources.device],
+        decoders=DECODERS[resources.device],
         cores=ray.cluster_resources().get("CPU", 0.0),
     )
 
 
 def _probe(
-    shards: Sequence[Shard], config: CorpusConfig, resources: embedding.Resources, scratch: str, limit_s: float
+    shards: Sequence[Shard], config: CorpusConfig, resources: Resources, scratch: str, limit_s: float
 ) -> tuple[list[dict[str, Any]], int]:
     """What each shard took in a worker alone, and the worker's peak memory in bytes."""
     actor = ray.remote(Probe).options(num_cpus=resources.cpus_per_worker, num_gpus=resources.gpus_per_worker)
@@ -147,7 +150,7 @@ def _repeats(shards: Sequence[Shard], alone_s: float, workers: int, target_s: fl
     return max(1, math.ceil(min(wanted, MOST_SHARDS / len(shards))))
 
 
-def _embed(run: Run, resources: embedding.Resources) -> tuple[tuple[float, ...], float, int]:
+def _embed(run: Run, resources: Resources) -> tuple[tuple[float, ...], float, int]:
     """Seconds per sample of consecutive parts, seconds of start-up and end, samples left out."""
     started = time.monotonic()
     times, samples, left_out = [], [], 0

@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import jobs.session  # noqa: F401  settings that Ray reads when it is imported
+
 
 def _free_port() -> int:
     with socket.socket() as probe:
@@ -18,11 +20,7 @@ def _free_port() -> int:
         return probe.getsockname()[1]
 
 
-# Before Ray is imported: it reads these then, and its workers inherit the others.
-os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
-os.environ.setdefault("RAY_DATA_LOG_LEVEL", "WARNING")
-os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+# Before Ray is imported, whose workers inherit them.
 os.environ.update(
     AWS_ENDPOINT_URL=f"http://127.0.0.1:{_free_port()}",
     AWS_ACCESS_KEY_ID="testing",

@@ -7,9 +7,10 @@ import torch
 
 from ops.encoders import load_encoder
 from pipelines import columns
-from pipelines.embed import EmbedImages, Resources
+from pipelines.embedder import EmbedImages
 from pipelines.run import CorpusConfig
 from pipelines.shards import SAMPLES
+from pipelines.workers import Resources
 
 FACTORY = """
 import torch
@@ -88,7 +89,7 @@ def test_a_bad_image_costs_itself_only(actor, make_image):
 def test_full_size_pictures_are_let_go_before_the_batch_is_complete(actor, make_image, monkeypatch):
     images = [make_image(i, size=40) for i in range(6)]
     whole = columns.vectors(actor()(block(images))["embedding"])
-    monkeypatch.setattr("pipelines.embed.PIXELS_AT_ONCE", 2000)
+    monkeypatch.setattr("pipelines.embedder.PIXELS_AT_ONCE", 2000)
     assert np.array_equal(columns.vectors(actor()(block(images))["embedding"]), whole)
 
 

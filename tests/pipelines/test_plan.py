@@ -8,11 +8,11 @@ import pytest
 from scipy import stats
 
 from pipelines import columns, plan, storage
-from pipelines.embed import STEPS, Resources
 from pipelines.plan import Measured, StageCost
 from pipelines.plan_measure import MOST_SHARDS, Probe, _parts, _repeats
 from pipelines.run import CorpusConfig
 from pipelines.shards import Shard, expand_shards
+from pipelines.workers import STEPS, Resources
 from tests.pipelines.synthetic import make_run, write_shards
 
 MEASURED = Measured(
