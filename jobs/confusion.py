@@ -5,7 +5,6 @@ hardset confusion --run RUN --seeds 3 --epochs 20 --score-run RUN2
 
 import dataclasses
 import sys
-from collections.abc import Sequence
 from typing import Any, Literal
 
 from jobs import stages
@@ -155,11 +154,7 @@ def _score(
 
 
 COMMAND = Command("confusion", __doc__, (RunOptions, ConfusionOptions), confusion)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit status."""
-    return COMMAND.main(argv)
+main = COMMAND.main
 
 
 if __name__ == "__main__":

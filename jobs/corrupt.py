@@ -5,7 +5,6 @@ hardset corrupt --shards 'DIR/test-{000000..000009}.tar' --out CORRUPTED --kinds
 
 import dataclasses
 import sys
-from collections.abc import Sequence
 from typing import Any
 
 from jobs.command import Command, say
@@ -57,11 +56,7 @@ def corrupt(asked: CorruptOptions) -> dict[str, Any]:
 
 
 COMMAND = Command("corrupt", __doc__, (CorruptOptions,), corrupt)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit status."""
-    return COMMAND.main(argv)
+main = COMMAND.main
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ hardset curate --shards 'DIR/train-{000000..000049}.tar' --run RUN --encoder ope
 """
 
 import sys
-from collections.abc import Sequence
 
 from jobs.command import Command
 from jobs.options import CorpusOptions, GaussianOptions, RunOptions, SelectOptions, WeightOptions, WorkerOptions
@@ -44,11 +43,7 @@ COMMAND = Command(
     (RunOptions, CorpusOptions, WorkerOptions, GaussianOptions, WeightOptions, SelectOptions),
     curate,
 )
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit status."""
-    return COMMAND.main(argv)
+main = COMMAND.main
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ hardset demo
 import dataclasses
 import pathlib
 import sys
-from collections.abc import Sequence
 
 from jobs.command import Command, say
 from jobs.curate import main as curate
@@ -79,11 +78,7 @@ def _show(found: dict, run: Run, faults: Faults) -> None:
 
 
 COMMAND = Command("demo", __doc__, (DemoOptions,), demo)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit status."""
-    return COMMAND.main(argv)
+main = COMMAND.main
 
 
 if __name__ == "__main__":

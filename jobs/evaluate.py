@@ -6,7 +6,6 @@ hardset evaluate --run RUN --predictions NAME [NAME …] [--trust NAME …] [--o
 import dataclasses
 import sys
 import time
-from collections.abc import Sequence
 from typing import Any, Literal
 
 from jobs.command import Command, say
@@ -93,11 +92,7 @@ def _log_figures(drawn: dict[str, Any]) -> None:
 
 
 COMMAND = Command("evaluate", __doc__, (RunOptions, EvaluateOptions, CalibrateOptions), evaluate)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit status."""
-    return COMMAND.main(argv)
+main = COMMAND.main
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ hardset export --run RUN --to cleanlab --out issues.parquet
 
 import dataclasses
 import sys
-from collections.abc import Sequence
 from typing import Any, Literal
 
 from jobs.command import Command, say
@@ -57,11 +56,7 @@ def export(options: ExportOptions) -> dict[str, Any]:
 
 
 COMMAND = Command("export", __doc__, (ExportOptions,), export)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit status."""
-    return COMMAND.main(argv)
+main = COMMAND.main
 
 
 if __name__ == "__main__":

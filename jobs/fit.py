@@ -3,42 +3,22 @@
 hardset fit --run RUN
 """
 
-import dataclasses
 import sys
-from collections.abc import Sequence
+from typing import Any
 
-from jobs.command import Command
-from jobs.options import CorpusOptions, GaussianOptions, RunOptions, WeightOptions, WorkerOptions
-from jobs.session import ray_session, tracked
+from jobs.options import GaussianOptions, WeightOptions, WorkerOptions
+from jobs.stage import stage_command
 
 
-def fit(
-    options: RunOptions,
-    corpus: CorpusOptions,
-    workers: WorkerOptions,
-    gaussians: GaussianOptions,
-    weights: WeightOptions,
-) -> dict:
+def fit(run: Any, workers: WorkerOptions, gaussians: GaussianOptions, weights: WeightOptions) -> dict[str, Any]:
     """Fit the class-conditional and class-agnostic Gaussians, unless they are up to date."""
     from jobs import stages
 
-    run = stages.open_run(options, dataclasses.replace(corpus, overwrite=False))
-    if corpus.overwrite:
-        run.forget("fit", "gaussians.npz")
-    with tracked("fit", options, gaussians) as tracker, ray_session(options):
-        result = {"run": run.uri, "fit": stages.fit(run, gaussians, workers)}
-        tracker.metrics(result)
-    return result
+    return stages.fit(run, gaussians, workers)
 
 
-# The stages take the same options, so that one YAML file serves curate and each of them.
-COMMAND = Command("fit", __doc__, (RunOptions, CorpusOptions, WorkerOptions, GaussianOptions, WeightOptions), fit)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit status."""
-    return COMMAND.main(argv)
-
+COMMAND = stage_command("fit", __doc__, fit, product="gaussians.npz")
+main = COMMAND.main
 
 if __name__ == "__main__":
     sys.exit(main())

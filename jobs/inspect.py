@@ -4,7 +4,6 @@ hardset inspect --run RUN
 """
 
 import sys
-from collections.abc import Sequence
 
 from jobs.command import Command, say
 from jobs.options import RunOptions
@@ -51,11 +50,7 @@ def _show(summary: dict) -> None:
 
 
 COMMAND = Command("inspect", __doc__, (RunOptions,), inspect)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit status."""
-    return COMMAND.main(argv)
+main = COMMAND.main
 
 
 if __name__ == "__main__":

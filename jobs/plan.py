@@ -8,7 +8,6 @@ import dataclasses
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
 from typing import Any
 
 from jobs.command import Command, say
@@ -132,11 +131,7 @@ def _size(count: float) -> str:
 
 
 COMMAND = Command("plan", __doc__, (SessionOptions, PlanOptions, CorpusOptions, WorkerOptions), plan)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit status."""
-    return COMMAND.main(argv)
+main = COMMAND.main
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ hardset predict --checkpoint DIR --run RUN --name NAME
 
 import dataclasses
 import sys
-from collections.abc import Sequence
 from typing import Any, Literal
 
 from jobs.command import Command, say
@@ -55,11 +54,7 @@ def predict(options: RunOptions, asked: PredictOptions) -> dict[str, Any]:
 
 
 COMMAND = Command("predict", __doc__, (RunOptions, PredictOptions), predict)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit status."""
-    return COMMAND.main(argv)
+main = COMMAND.main
 
 
 if __name__ == "__main__":

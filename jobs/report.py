@@ -5,7 +5,6 @@ hardset report --run RUN
 
 import dataclasses
 import sys
-from collections.abc import Sequence
 from typing import Any
 
 from jobs.command import Command
@@ -35,11 +34,7 @@ def report(options: RunOptions, asked: ReportOptions) -> dict[str, Any]:
 
 
 COMMAND = Command("report", __doc__, (RunOptions, ReportOptions), report)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit status."""
-    return COMMAND.main(argv)
+main = COMMAND.main
 
 
 if __name__ == "__main__":

@@ -3,44 +3,24 @@
 hardset score --run RUN
 """
 
-import dataclasses
 import sys
-from collections.abc import Sequence
+from typing import Any
 
-from jobs.command import Command
-from jobs.options import CorpusOptions, GaussianOptions, RunOptions, WeightOptions, WorkerOptions
-from jobs.session import ray_session, tracked
+from jobs.options import GaussianOptions, WeightOptions, WorkerOptions
+from jobs.stage import stage_command
 
 
-def score(
-    options: RunOptions,
-    corpus: CorpusOptions,
-    workers: WorkerOptions,
-    gaussians: GaussianOptions,
-    weights: WeightOptions,
-) -> dict:
+def score(run: Any, workers: WorkerOptions, gaussians: GaussianOptions, weights: WeightOptions) -> dict[str, Any]:
     """Write the difficulty columns of the shards whose inputs changed."""
     from jobs import stages
 
-    run = stages.open_run(options, dataclasses.replace(corpus, overwrite=False))
-    if corpus.overwrite:
-        run.forget("score", "difficulty")
-    with tracked("score", options, gaussians, weights) as tracker, ray_session(options):
-        if gaussians.gaussians is not None:
-            stages.fit(run, gaussians, workers)
-        result = {"run": run.uri, "score": stages.score(run, weights, workers)}
-        tracker.metrics(result)
-    return result
+    if gaussians.gaussians is not None:
+        stages.fit(run, gaussians, workers)
+    return stages.score(run, weights, workers)
 
 
-# The stages take the same options, so that one YAML file serves curate and each of them.
-COMMAND = Command("score", __doc__, (RunOptions, CorpusOptions, WorkerOptions, GaussianOptions, WeightOptions), score)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit status."""
-    return COMMAND.main(argv)
-
+COMMAND = stage_command("score", __doc__, score, product="difficulty")
+main = COMMAND.main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -4,7 +4,6 @@ hardset select --run RUN --by difficulty.rmd --top 0.1 --per-class --name hard
 """
 
 import sys
-from collections.abc import Sequence
 
 from jobs.command import Command
 from jobs.options import RunOptions, SelectOptions
@@ -24,11 +23,7 @@ def select(options: RunOptions, selection: SelectOptions) -> dict:
 
 
 COMMAND = Command("select", __doc__, (RunOptions, SelectOptions), select)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit status."""
-    return COMMAND.main(argv)
+main = COMMAND.main
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ hardset trust --checkpoint DIR --run RUN --loss steep_slope --name NAME --eval-r
 
 import dataclasses
 import sys
-from collections.abc import Sequence
 from typing import Any, Literal
 
 from jobs.command import Command, say
@@ -100,11 +99,7 @@ def _show(name: str, entry: dict[str, Any]) -> None:
 
 
 COMMAND = Command("trust", __doc__, (RunOptions, TrustOptions), trust)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit status."""
-    return COMMAND.main(argv)
+main = COMMAND.main
 
 
 if __name__ == "__main__":

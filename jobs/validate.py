@@ -5,7 +5,6 @@ hardset validate --shards 'DIR/train-{000000..001281}.tar'
 
 import dataclasses
 import sys
-from collections.abc import Sequence
 from typing import Any
 
 from jobs.command import Command, say
@@ -95,11 +94,7 @@ def _counts(counts: dict[str, int], unit: str = "") -> str:
 
 
 COMMAND = Command("validate", __doc__, (SessionOptions, ValidateOptions), validate)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit status."""
-    return COMMAND.main(argv)
+main = COMMAND.main
 
 
 if __name__ == "__main__":

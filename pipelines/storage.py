@@ -25,7 +25,6 @@ import pyarrow.parquet as pq
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://")
 _QUERY = re.compile(r"\?[a-z_]+=.*")
 _BUCKETS = ("s3", "gs", "gcs")
-_TEMPORARY = re.compile(r"\..+\.tmp-\d+-[0-9a-f]+")
 
 
 def scheme_of(uri: str | os.PathLike) -> str:
@@ -156,20 +155,6 @@ def remove_tree(uri: str | os.PathLike) -> None:
         filesystem.delete_dir(path)
     elif kind != pafs.FileType.NotFound:
         filesystem.delete_file(path)
-
-
-def remove_temporaries(uri: str | os.PathLike) -> int:
-    """Delete what killed writers left beside local outputs below `uri`; the number of files deleted.
-
-    Only where no other process is writing: a live writer's temporary file looks the same.
-    """
-    root = local_path(uri)
-    if root is None or not root.is_dir():
-        return 0
-    stale = [path for path in root.rglob(".*") if _TEMPORARY.fullmatch(path.name) and path.is_file()]
-    for path in stale:
-        path.unlink(missing_ok=True)
-    return len(stale)
 
 
 @contextlib.contextmanager

@@ -62,15 +62,6 @@ def test_the_local_file_has_its_name_only_when_it_is_whole(tmp_path):
     assert os.listdir(tmp_path) == ["x.tar"]
 
 
-def test_what_a_killed_writer_left_is_removed(tmp_path):
-    (tmp_path / "sub").mkdir()
-    (tmp_path / "sub" / ".a.parquet.tmp-123-0a1b2c3d").write_bytes(b"half")
-    (tmp_path / "sub" / ".keep").write_bytes(b"mine")
-    assert storage.remove_temporaries(tmp_path) == 1
-    assert os.listdir(tmp_path / "sub") == [".keep"]
-    assert storage.remove_temporaries(tmp_path / "none") == 0
-
-
 def test_a_large_object_arrives_whole(s3_folder):
     data = os.urandom(1 << 20) * 23
     write(storage.join(s3_folder, "large"), data)
