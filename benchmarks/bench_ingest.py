@@ -26,11 +26,11 @@ from torchvision.io import decode_jpeg
 from torchvision.transforms import v2
 
 from pipelines import columns
-from pipelines.decode import Augmentation
-from pipelines.ingest import Loader
+from pipelines.corpus.shards import expand_shards
 from pipelines.run import CorpusConfig, Run
-from pipelines.shards import expand_shards
-from pipelines.source import Source
+from pipelines.training.decode import Augmentation
+from pipelines.training.ingest import Loader
+from pipelines.training.source import Source
 
 BATCH = 128
 

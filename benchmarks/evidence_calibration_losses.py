@@ -25,12 +25,12 @@ from benchmarks.heads import (
 )
 from jobs.options import RunOptions
 from jobs.session import ray_session
-from pipelines.calibrate import METHODS, MetaTargets
-from pipelines.loop import Recipe
-from pipelines.objective import LossChoice
+from pipelines.evaluation.calibrate import METHODS, MetaTargets
+from pipelines.evaluation.sidebyside import Question, draw, side_by_side, store_figures
 from pipelines.run import Run
-from pipelines.sidebyside import Question, draw, side_by_side, store_figures
-from pipelines.train import Choices
+from pipelines.training.loop import Recipe
+from pipelines.training.objective import LossChoice
+from pipelines.training.train import Choices
 
 # Name in folders and predictions -> name in tables, loss, the parameters to choose from.
 LOSSES = {

@@ -21,9 +21,9 @@ import torch
 
 from ops.correlation import error_bands
 from pipelines import columns
-from pipelines.compare import agreement, describe_errors, match, scored_keys
-from pipelines.confusion import HeadScorer, ScoringPlan
-from pipelines.members import FOLDER, Member
+from pipelines.confusion.members import FOLDER, Member
+from pipelines.confusion.score import HeadScorer, ScoringPlan
+from pipelines.evaluation.compare import agreement, describe_errors, match, scored_keys
 from pipelines.run import Run
 from pipelines.storage import join, list_files, read_bytes
 

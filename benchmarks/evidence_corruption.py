@@ -35,14 +35,15 @@ from jobs.options import RunOptions
 from jobs.score import main as score
 from jobs.session import ray_session
 from ops.calibration import confidence_calibration_error
-from pipelines import columns, figures
-from pipelines.corrupt import corrupt_shards
-from pipelines.loop import Recipe
-from pipelines.objective import LossChoice
-from pipelines.outcomes import load_outcomes, open_predictions
+from pipelines import columns
+from pipelines.corpus.corrupt import corrupt_shards
+from pipelines.corpus.shards import expand_shards
+from pipelines.evaluation import figures
+from pipelines.evaluation.outcomes import load_outcomes, open_predictions
 from pipelines.run import Run
-from pipelines.shards import expand_shards
-from pipelines.train import Choices
+from pipelines.training.loop import Recipe
+from pipelines.training.objective import LossChoice
+from pipelines.training.train import Choices
 
 
 def main() -> None:

@@ -34,14 +34,14 @@ from jobs.options import RunOptions
 from jobs.score import main as score
 from jobs.session import ray_session
 from pipelines import columns
-from pipelines.detection import out_of_distribution
-from pipelines.digits import write_digits
-from pipelines.loop import Recipe
-from pipelines.objective import LossChoice
-from pipelines.outcomes import open_predictions
+from pipelines.corpus.digits import write_digits
+from pipelines.evaluation.detection import out_of_distribution
+from pipelines.evaluation.outcomes import open_predictions
+from pipelines.evaluation.sidebyside import Question, side_by_side
 from pipelines.run import Run
-from pipelines.sidebyside import Question, side_by_side
-from pipelines.train import Choices
+from pipelines.training.loop import Recipe
+from pipelines.training.objective import LossChoice
+from pipelines.training.train import Choices
 
 
 def main() -> None:

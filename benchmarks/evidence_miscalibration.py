@@ -24,7 +24,7 @@ from ops.calibration import (
     reliability_curve,
 )
 from ops.losses import cross_entropy
-from pipelines import figures
+from pipelines.evaluation import figures
 from pipelines.run import Run
 
 BASE = {"depth": 2, "width": 256, "norm": False, "weight_decay": 0.0}

@@ -21,12 +21,12 @@ from jobs.options import RunOptions
 from jobs.session import ray_session
 from ops.models import load_classifier
 from ops.trust import trust_cross_entropy, trust_focal
-from pipelines.loop import Recipe
-from pipelines.objective import LossChoice
+from pipelines.evaluation.sidebyside import Question, draw, side_by_side, store_figures
+from pipelines.evaluation.trust import Training, trust
 from pipelines.run import Run
-from pipelines.sidebyside import Question, draw, side_by_side, store_figures
-from pipelines.train import Choices
-from pipelines.trust import Training, trust
+from pipelines.training.loop import Recipe
+from pipelines.training.objective import LossChoice
+from pipelines.training.train import Choices
 
 METRICS = ("fpr95", "aupr_error", "aupr_success", "auroc", "tpr", "tnr", "kl", "bhattacharyya")
 

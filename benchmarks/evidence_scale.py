@@ -22,8 +22,8 @@ import numpy as np
 import pyarrow as pa
 
 from pipelines import columns
+from pipelines.corpus.shards import Shard
 from pipelines.run import CorpusConfig, Run
-from pipelines.shards import Shard
 
 LINKS = 50_000  # of one file; ext4 allows 65,000
 CONFIG = CorpusConfig(encoder="open_clip:ViT-B-32/laion2b", encoder_fingerprint="f" * 64, width=768)
@@ -47,7 +47,7 @@ def entries(count: int) -> list[Shard]:
 
 def listing(folder: Path, count: int) -> dict:
     """Expand a brace pattern of that many local shards, and the folder that holds them."""
-    from pipelines.shards import expand_shards
+    from pipelines.corpus.shards import expand_shards
 
     shards = folder / "shards"
     if not shards.exists():
@@ -91,7 +91,7 @@ def indented(folder: Path, count: int) -> dict:
 
 def bookkeeping(folder: Path, count: int) -> dict:
     """Which of that many embedded shards are pending: one listing, every footer once; and again in the same process."""
-    from pipelines.embed import embedding_source, pending_shards
+    from pipelines.curation.embed import embedding_source, pending_shards
 
     run = Run.open(str(folder / "run"))
     group = folder / "run" / columns.EMBEDDINGS
@@ -156,7 +156,7 @@ def scheduling(folder: Path, count: int) -> dict:
 
 def one_row(number: int, shard: Shard) -> list[pa.Table]:
     """A reader of one row and no images."""
-    from pipelines.shards import SAMPLES
+    from pipelines.corpus.shards import SAMPLES
 
     return [pa.Table.from_pylist([{"shard": number, "position": 0, "end": "{}"}], schema=SAMPLES)]
 
@@ -165,7 +165,7 @@ def dataset(folder: Path, count: int) -> dict:
     """A Ray dataset with a read task per shard: what the driver pays for each, for 1,000 and for 5,000 shards."""
     import ray
 
-    from pipelines.shards import ShardSource
+    from pipelines.corpus.shards import ShardSource
 
     ray_here()
 

@@ -27,11 +27,11 @@ import torch
 
 from ops.difficulty import difficulty_weight, kmeans_difficulty
 from pipelines import columns
-from pipelines.groups import GroupRule, Resampling
-from pipelines.loop import Plan, Recipe, Training, Workplace
-from pipelines.objective import LossChoice
 from pipelines.run import Run
-from pipelines.train import Choices, plan_training
+from pipelines.training.groups import GroupRule, Resampling
+from pipelines.training.loop import Plan, Recipe, Training, Workplace
+from pipelines.training.objective import LossChoice
+from pipelines.training.train import Choices, plan_training
 
 WEIGHT = "difficulty.weight"
 RECIPES = {

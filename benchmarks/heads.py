@@ -18,11 +18,11 @@ from jobs.options import RunOptions
 from jobs.session import ray_session
 from ops.models import load_classifier
 from pipelines import columns
-from pipelines.loop import Plan, Recipe, train_classifier
-from pipelines.objective import LossChoice
-from pipelines.predict import predict
+from pipelines.evaluation.predict import predict
 from pipelines.run import Run
-from pipelines.train import Choices, plan_training
+from pipelines.training.loop import Plan, Recipe, train_classifier
+from pipelines.training.objective import LossChoice
+from pipelines.training.train import Choices, plan_training
 
 ALPHA = 0.3  # Cui et al. 2023, for CIFAR
 WEIGHT = "difficulty.weight"

@@ -13,9 +13,9 @@ from typing import Any
 from jobs.command import Command, say
 from jobs.options import RunOptions
 from jobs.session import tracked
-from pipelines import compare as comparing
-from pipelines import trainings
+from pipelines.evaluation import compare as comparing
 from pipelines.run import Run
+from pipelines.training import trainings
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

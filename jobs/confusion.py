@@ -11,10 +11,9 @@ from jobs import stages
 from jobs.command import Command, say
 from jobs.options import RunOptions, WorkerOptions
 from jobs.session import ray_session, tracked
-from pipelines import confusion as scoring
-from pipelines import confusion_heads as heads
-from pipelines import confusion_images as images
-from pipelines.members import Member, report
+from pipelines.confusion import heads, images
+from pipelines.confusion import score as scoring
+from pipelines.confusion.members import Member, report
 from pipelines.progress import duration
 from pipelines.run import Run
 

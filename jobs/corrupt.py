@@ -36,9 +36,9 @@ class CorruptOptions:
 
 def corrupt(asked: CorruptOptions) -> dict[str, Any]:
     """Write the copies that are not there yet."""
-    from pipelines.corrupt import corrupt_shards, named_kinds
+    from pipelines.corpus.corrupt import corrupt_shards, named_kinds
+    from pipelines.corpus.shards import expand_shards
     from pipelines.progress import duration
-    from pipelines.shards import expand_shards
 
     kinds, shards = named_kinds(asked.kinds), expand_shards(asked.shards)
     say(

@@ -12,8 +12,8 @@ from jobs.curate import main as curate
 from jobs.options import RunOptions
 from jobs.session import ray_session
 from pipelines import columns, storage
-from pipelines.digits import Faults, findings, write_digits
-from pipelines.gallery import contact_sheet
+from pipelines.corpus.digits import Faults, findings, write_digits
+from pipelines.report.gallery import contact_sheet
 from pipelines.run import Run
 from pipelines.summary import quarantine_reasons
 

@@ -53,8 +53,8 @@ class CalibrateOptions:
 
 def evaluate(options: RunOptions, asked: EvaluateOptions, calibration: CalibrateOptions) -> dict[str, Any]:
     """Evaluate every set, store each, print them side by side."""
-    from pipelines import sidebyside
-    from pipelines.calibrate import MetaTargets
+    from pipelines.evaluation import sidebyside
+    from pipelines.evaluation.calibrate import MetaTargets
     from pipelines.run import Run
 
     started = time.monotonic()

@@ -42,8 +42,8 @@ def plan(session: SessionOptions, asked: PlanOptions, corpus: CorpusOptions, wor
     import ray
 
     from jobs import stages
-    from pipelines.plan import evenly, project, store
-    from pipelines.plan_measure import measure
+    from pipelines.planning.measure import measure
+    from pipelines.planning.plan import evenly, project, store
 
     if asked.gpus is not None:
         workers = dataclasses.replace(workers, device="cuda", workers=asked.gpus)
@@ -74,7 +74,7 @@ def plan(session: SessionOptions, asked: PlanOptions, corpus: CorpusOptions, wor
 def _corpus(asked: PlanOptions, corpus: CorpusOptions) -> tuple[Any, Any, list]:
     """The run, if one is named, the config and the shards."""
     from jobs import stages
-    from pipelines.shards import expand_shards
+    from pipelines.corpus.shards import expand_shards
 
     if asked.run is not None:
         run = stages.open_run(RunOptions(run=asked.run), dataclasses.replace(corpus, overwrite=False))

@@ -32,8 +32,8 @@ def predict(options: RunOptions, asked: PredictOptions) -> dict[str, Any]:
     """Predict the shards whose predictions are missing or out of date."""
     from jobs import stages
     from ops.models import load_classifier
-    from pipelines import predict as prediction
     from pipelines import storage
+    from pipelines.evaluation import predict as prediction
     from pipelines.progress import duration
     from pipelines.run import Run
 

@@ -16,9 +16,9 @@ from jobs.options import RunOptions, WorkerOptions
 from jobs.session import Tracker, ray_session, tracked
 
 if TYPE_CHECKING:
-    from pipelines.loop import Plan, Recipe
     from pipelines.run import Run
-    from pipelines.train import Choices
+    from pipelines.training.loop import Plan, Recipe
+    from pipelines.training.train import Choices
 
 # What differs between a head that is trained in seconds and a network.
 DEFAULTS = {
@@ -152,9 +152,9 @@ def train(
 ) -> dict[str, Any]:
     """Plan, train, and say how good it is."""
     from jobs import stages
-    from pipelines import train as training
-    from pipelines.objective import LossChoice
     from pipelines.run import Run
+    from pipelines.training import train as training
+    from pipelines.training.objective import LossChoice
 
     # All that needs no data first: a mistake there is told at once.
     loss, how = LossChoice.parse(learn.loss, learn.loss_params), _recipe(learn.input, recipe)
@@ -192,15 +192,15 @@ def train(
 
 
 def _recipe(kind: str, options: RecipeOptions) -> "Recipe":
-    from pipelines.loop import Recipe
+    from pipelines.training.loop import Recipe
 
     values = dataclasses.asdict(options)
     return Recipe(**{name: DEFAULTS[kind][name] if value is None else value for name, value in values.items()})
 
 
 def _choices(learn: LearnOptions, model: ModelOptions, argument: str | None) -> "Choices":
-    from pipelines.groups import GroupRule
-    from pipelines.train import Choices
+    from pipelines.training.groups import GroupRule
+    from pipelines.training.train import Choices
 
     def rule(text: str | None, option: str, by_class: bool = False) -> GroupRule | None:
         return None if text is None else GroupRule.parse(text, option, by_class)
@@ -228,7 +228,7 @@ def _choices(learn: LearnOptions, model: ModelOptions, argument: str | None) -> 
 def _settled(plan: "Plan", run: "Run", learn: LearnOptions, trainer: TrainerOptions) -> "Plan":
     """The plan with its folder, which holds nothing, or an earlier part of the same training."""
     from pipelines import storage
-    from pipelines.checkpoints import read_json
+    from pipelines.training.checkpoints import read_json
 
     out = plan.out or run.path("models", f"{learn.loss}-{plan.lineage['source'][:12]}")
     plan = dataclasses.replace(plan, out=storage.absolute(out))
@@ -255,7 +255,7 @@ def _difference(before: dict[str, Any], now: dict[str, Any]) -> str:
 
 def _result_there(plan: "Plan") -> dict[str, Any] | None:
     from pipelines import storage
-    from pipelines.checkpoints import read_json
+    from pipelines.training.checkpoints import read_json
 
     return read_json(storage.join(plan.out, "result.json"))
 
@@ -263,7 +263,7 @@ def _result_there(plan: "Plan") -> dict[str, Any] | None:
 def _tracked_once(plan: "Plan", options: RunOptions, *groups: Any) -> Any:
     """The training's one MLflow run: a new one, or the one that an earlier attempt in the same folder began."""
     from pipelines import storage
-    from pipelines.checkpoints import read_json
+    from pipelines.training.checkpoints import read_json
 
     before = read_json(storage.join(plan.out, "train.json")) or {}
     if before.get("mlflow_run_id") and options.mlflow != "none":
@@ -353,7 +353,7 @@ def _result(plan: "Plan", outcome: dict[str, Any], tracker: Tracker, seconds: fl
 
 def _write_json(plan: "Plan", name: str, value: Any) -> None:
     from pipelines import storage
-    from pipelines.checkpoints import write_json
+    from pipelines.training.checkpoints import write_json
 
     write_json(storage.join(plan.out, name), json.loads(json.dumps(value)))
 
@@ -396,7 +396,7 @@ def _log_model(plan: "Plan") -> None:
     from mlflow.types import Schema, TensorSpec
 
     from pipelines import storage
-    from pipelines.checkpoints import read_classifier
+    from pipelines.training.checkpoints import read_classifier
 
     spec = plan.spec
     shape = (spec.width,) if spec.input == "embeddings" else (3, spec.image_size, spec.image_size)

@@ -58,8 +58,8 @@ def trust(options: RunOptions, asked: TrustOptions) -> dict[str, Any]:
     """Train the oracle on the run and write the trust columns."""
     from jobs import stages
     from ops.models import load_classifier
-    from pipelines import trust as oracles
-    from pipelines.predict import Forward
+    from pipelines.evaluation import trust as oracles
+    from pipelines.evaluation.predict import Forward
     from pipelines.run import Run
 
     run, model = Run.open(options.run), load_classifier(asked.checkpoint)

@@ -42,9 +42,9 @@ class ValidateOptions:
 def validate(session: SessionOptions, asked: ValidateOptions) -> dict[str, Any]:
     """Read, tell; `failed` says so when more is bad than allowed."""
     from jobs import stages
-    from pipelines import validate as validating
-    from pipelines.samples import LabelSource
-    from pipelines.shards import expand_shards
+    from pipelines.corpus import validate as validating
+    from pipelines.corpus.samples import LabelSource
+    from pipelines.corpus.shards import expand_shards
 
     names = None if asked.classes is None else stages.read_names(asked.classes)
     LabelSource(asked.label, names)  # its own ValueError for a label source that is none

@@ -17,9 +17,9 @@ import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
 from pipelines import columns, storage
-from pipelines.ingest import WINDOW, Loader
 from pipelines.run import Run
-from pipelines.source import Source
+from pipelines.training.ingest import WINDOW, Loader
+from pipelines.training.source import Source
 
 Sample = dict[str, Any]
 

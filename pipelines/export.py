@@ -23,9 +23,9 @@ import pyarrow.parquet as pq
 
 from ops.label_quality import label_quality_of_margin, normalized_margin
 from pipelines import columns, storage
+from pipelines.corpus.shards import read_images
+from pipelines.curation.select import write_uids
 from pipelines.run import Run
-from pipelines.select import write_uids
-from pipelines.shards import read_images
 
 FORMATS = ("table", "cleanlab", "npy", "fiftyone", "datacomp")
 TABLE_SUFFIXES = (".parquet", ".arrow", ".csv")

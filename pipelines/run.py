@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from pipelines import columns, storage
-from pipelines.shards import Shard
+from pipelines.corpus.shards import Shard
 
 RECORD = "run.json"
 # What --overwrite removes: only what stages write, never a folder that merely happens to lie there.

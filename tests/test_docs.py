@@ -155,7 +155,8 @@ def test_messages_of_the_troubleshooting_page_are_those_of_the_code():
 @pytest.fixture(scope="module")
 def readable(tmp_path_factory, ray_session, make_image):
     """A folder in which RUN, RUN2, DIR, images and arrays are what the blocks of Python take them for."""
-    from pipelines import columns, export, fit, score, select
+    from pipelines import columns, export
+    from pipelines.curation import fit, score, select
     from tests.pipelines.predicted import write_predictions
     from tests.pipelines.synthetic import make_run
 

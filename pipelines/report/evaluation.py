@@ -4,7 +4,7 @@ import json
 from typing import Any
 
 from pipelines import storage
-from pipelines.evaluate import EVALUATION
+from pipelines.evaluation.evaluate import EVALUATION
 from pipelines.run import Run
 
 # (metric, its heading, whether it is a fraction to be shown in percent)

@@ -7,10 +7,10 @@ from collections.abc import Iterable, Sequence
 import pyarrow as pa
 from PIL import Image
 
+from pipelines.corpus.shards import Shard, ShardChanged, read_images
+from pipelines.corpus.tarstream import StorageError
 from pipelines.report.scan import Limits
 from pipelines.run import Run
-from pipelines.shards import Shard, ShardChanged, read_images
-from pipelines.tarstream import StorageError
 from pipelines.tasks import in_order
 
 SIZE = 96  # pixels of the longer side; smaller pictures stay as they are

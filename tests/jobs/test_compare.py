@@ -9,7 +9,7 @@ from scipy.stats import kendalltau
 
 from jobs import compare
 from pipelines import columns
-from pipelines import compare as comparing
+from pipelines.evaluation import compare as comparing
 from tests.ops.golden import cases
 from tests.pipelines.synthetic import make_run
 

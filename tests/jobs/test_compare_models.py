@@ -7,7 +7,8 @@ import pyarrow as pa
 import pytest
 
 from jobs import compare, train
-from pipelines import columns, trainings
+from pipelines import columns
+from pipelines.training import trainings
 from tests.pipelines.synthetic import make_run
 
 

@@ -5,7 +5,7 @@ import pyarrow as pa
 from scipy.special import softmax
 
 from pipelines import columns
-from pipelines.outcomes import predictions_schema
+from pipelines.evaluation.outcomes import predictions_schema
 
 
 def sharded(run, values):

@@ -4,13 +4,13 @@ import numpy as np
 import pyarrow as pa
 
 from pipelines import columns
-from pipelines.detection import evaluate_trust
-from pipelines.evaluate import Grouping, evaluate, store
-from pipelines.fit import fit
-from pipelines.outcomes import open_predictions
+from pipelines.curation.fit import fit
+from pipelines.curation.score import Weighting, score
+from pipelines.evaluation.detection import evaluate_trust
+from pipelines.evaluation.evaluate import Grouping, evaluate, store
+from pipelines.evaluation.outcomes import open_predictions
 from pipelines.report.page import report
 from pipelines.run import Run
-from pipelines.score import Weighting, score
 from tests.pipelines.predicted import noisy_logits, sharded, write_predictions, write_trust
 from tests.pipelines.synthetic import make_run
 

@@ -8,8 +8,8 @@ import pyarrow as pa
 from PIL import Image
 
 from pipelines import columns
+from pipelines.corpus.shards import expand_shards
 from pipelines.run import CorpusConfig, Run
-from pipelines.shards import expand_shards
 
 
 def picture(value: int, size: int = 8) -> bytes:

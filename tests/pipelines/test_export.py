@@ -13,7 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from jobs.export import main
-from pipelines import columns, export, fit, score, select
+from pipelines import columns, export
+from pipelines.curation import fit, score, select
 from pipelines.run import Run
 from tests.pipelines.predicted import write_predictions
 from tests.pipelines.synthetic import make_run, picture

@@ -1,0 +1,1 @@
+"""An ensemble of small models -> how much it disagrees about each sample."""

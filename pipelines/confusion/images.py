@@ -1,0 +1,210 @@
+"""Members of a confusion ensemble as small networks on images: the paper's way.
+
+Each member is a training of `pipelines.training.loop` in a Ray task of its own, side by side on what is there; its weights are kept
+after every epoch. Scoring reads each shard's images once for all members and epochs that fit in memory together.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import ray
+import torch
+
+from ops.head_ensemble import epoch_entropies
+from ops.models import Classifier, build_classifier
+from pipelines import columns, storage
+from pipelines.confusion.members import Member, commit_epoch, find_member, load_epoch, say_progress
+from pipelines.evaluation.predict import Forward, input_batches
+from pipelines.run import Run, StageFailed, fingerprint
+from pipelines.training.checkpoints import read_classifier
+from pipelines.training.loop import Plan, Recipe, Training, Workplace
+from pipelines.training.objective import LossChoice
+from pipelines.training.train import Choices, plan_training
+
+TRIES = 3
+HOLDOUT = 0.02  # the training pipeline needs samples to evaluate on; too few to tell a diverged member by
+RESIDENT_BYTES = 2 << 30  # networks that an actor holds at once
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageTraining:
+    """How small networks are trained: SGD with momentum, random crop and flip."""
+
+    model: str = "cifar_resnet20"
+    batch_size: int = 128
+    learning_rate: float = 0.1
+    weight_decay: float = 5e-4
+    schedule: str = "one_cycle"
+    augment: str = "crop_flip"
+    image_size: int | None = None
+
+    @property
+    def form(self) -> str:
+        """The folder's name of such members."""
+        return "images-" + "".join(c if c.isalnum() or c in "_-" else "-" for c in self.model)
+
+    def recipe(self, seed: int, epochs: int) -> Recipe:
+        """What the training pipeline makes of it; its own ValueError for a value that cannot be."""
+        return Recipe(
+            epochs=epochs, batch_size=self.batch_size, optimizer="sgd", lr=self.learning_rate, seed=seed,
+            weight_decay=self.weight_decay, schedule=self.schedule, augment=self.augment,
+        )  # fmt: skip
+
+
+class MemberTraining(Training):
+    """A training of which no epoch is better than another: all of them are kept."""
+
+    def _better(self, new: dict[str, Any], old: dict[str, Any]) -> bool:
+        return False
+
+
+def plan_members(run: Run, training: ImageTraining, seeds: Sequence[int], epochs: int) -> list[Member]:
+    """The members that an ensemble consists of, with the epochs that are there already.
+
+    The number of epochs is part of what a member is made from, unless the learning rate is constant.
+    """
+    inputs = [facts["source"] for facts in run.embedding_facts()]
+    length = None if training.schedule == "constant" else epochs
+    values = dataclasses.asdict(training)
+    sources = {seed: fingerprint("confusion member", inputs, values, length, seed) for seed in seeds}
+    return [find_member(run.uri, training.form, seed, source) for seed, source in sources.items()]
+
+
+def plan_network(run: Run, member: Member, training: ImageTraining, epochs: int) -> Plan:
+    """A member's training, checked: ValueError for one class only, shards that changed, a model that does not exist."""
+    choices = Choices(input="images", model=training.model, holdout=HOLDOUT, image_size=training.image_size)
+    out = run.path(member.folder, "training")
+    return plan_training(run, out, LossChoice("cross_entropy"), training.recipe(member.seed, epochs), choices)
+
+
+def train_network(member: Member, plan: Plan, run_uri: str, device: str) -> Iterator[Member]:
+    """Ray task: train one member; yields it after each epoch, when that is kept."""
+    torch.set_num_threads(1)
+    training = MemberTraining(plan, Workplace(device=device))
+    # The weights are kept before the state to go on from: after a kill between the two, the epoch is done again.
+    member = dataclasses.replace(member, history=member.history[: training.epoch])
+    while not training.done:
+        try:
+            metrics = training.run_epoch()
+        except StageFailed:  # the loss is not finite: nothing is left to train, the ensemble reports it
+            yield _lost(run_uri, member, training, plan.recipe.epochs)
+            return
+        entry = {"loss": metrics["train_loss"], "accuracy": metrics["train_accuracy"]}
+        member = commit_epoch(run_uri, member, entry, training.model.state_dict(), {})
+        training.save()
+        yield member
+
+
+def _lost(run_uri: str, member: Member, training: Training, epochs: int) -> Member:
+    """A member whose loss is no number: its remaining epochs count as such, so that it is not tried again."""
+    entry = {"loss": float("nan"), "accuracy": 0.0}
+    while member.epochs < epochs:
+        member = commit_epoch(run_uri, member, entry, training.model.state_dict(), {})
+    return member
+
+
+def train(run: Run, members: list[Member], training: ImageTraining, epochs: int, device: str) -> list[Member]:
+    """Train what of `members` is not trained up to `epochs`, each in its own Ray task; the members in their order.
+
+    Raises
+    ------
+    ValueError
+        For a run that cannot be trained on, or a model that does not exist.
+    StageFailed
+        If workers die again and again. Finished epochs are kept.
+    """
+    known = {m.seed: m for m in members}
+    for _ in range(TRIES):
+        pending = [m for m in known.values() if m.epochs < epochs]
+        if not pending:
+            return [known[m.seed] for m in members]
+        for member in pending:
+            if not member.epochs:  # what lies there was made from something else
+                storage.remove_tree(run.path(member.folder))
+        plans = [plan_network(run, member, training, epochs) for member in pending]
+        try:
+            for member in _side_by_side(pending, plans, run.uri, device):
+                known[member.seed] = member
+                say_progress([member], epochs)
+        except (ray.exceptions.WorkerCrashedError, ray.exceptions.NodeDiedError, ray.exceptions.ObjectLostError):
+            known = {m.seed: find_member(run.uri, m.form, m.seed, m.source) for m in members}
+    if any(m.epochs < epochs for m in known.values()):
+        raise StageFailed(f"confusion: training workers died {TRIES} times; finished epochs are kept, start it again")
+    return [known[m.seed] for m in members]
+
+
+def _side_by_side(members: list[Member], plans: list[Plan], run_uri: str, device: str) -> Iterator[Member]:
+    """Yield each member after each of its epochs, whichever comes first; Ray starts as many as there is room for."""
+    task = ray.remote(train_network).options(
+        num_cpus=1, num_gpus=1 if device == "cuda" else 0, max_retries=0, num_returns="streaming"
+    )
+    streams = [task.remote(member, plan, run_uri, device) for member, plan in zip(members, plans)]
+    while streams:
+        ready, streams = ray.wait(streams, num_returns=1)
+        try:
+            yield ray.get(next(ready[0]))
+        except StopIteration:
+            continue
+        streams += ready
+
+
+def commonest_share(run: Run) -> float:
+    """Share of the commonest class among the labelled samples."""
+    counts = np.zeros(len(run.classes), np.int64)
+    for shard in range(len(run.shards)):
+        labels = columns.labels_or_minus_one(columns.read(run.uri, columns.EMBEDDINGS, shard, ["label"])["label"])
+        counts += np.bincount(labels[labels >= 0], minlength=len(counts))
+    return float(counts.max() / max(1, counts.sum()))
+
+
+class NetworkScorer:
+    """The entropies of networks that see a shard's images, as many epochs at a time as fit in memory."""
+
+    def __init__(self, run_uri: str, members: Sequence[Member], epochs: int, plan: Any):
+        self.run_uri, self.members, self.epochs, self.device = run_uri, members, epochs, plan.device
+        self.template: Classifier = read_classifier(storage.join(run_uri, members[0].folder, "training/last"))
+        size = sum(t.numel() * t.element_size() for t in self.template.state_dict().values())
+        step = max(1, RESIDENT_BYTES // (size * len(members)))
+        self.chunks = [range(first, min(first + step, epochs)) for first in range(0, epochs, step)]
+        self.batch_rows = plan.batch_rows or 256
+        self.resident = self._load(self.chunks[0]) if len(self.chunks) == 1 else None
+
+    def shard(self, run_uri: str, shard: int) -> Iterator[tuple[pa.Table, np.ndarray]]:
+        """(keys, entropies) of a shard: one float per sample and epoch is all that stays in memory."""
+        run = Run.open(run_uri)
+        keys = columns.read(run_uri, columns.EMBEDDINGS, shard, [field.name for field in columns.KEYS])
+        rows = keys["row"].to_numpy()
+        entropies = np.full((len(rows), self.epochs), np.nan, np.float32)
+        forward = Forward(self.device, self.batch_rows, run.config.max_pixels)
+        for chunk in self.chunks:
+            networks = self.resident or self._load(chunk)
+            batches = input_batches(shard, run.shards[shard], run_uri, rows, self.template, forward)
+            for found, batch in batches:
+                entropies[np.searchsorted(rows, found), chunk.start : chunk.stop] = self._entropies(networks, batch)
+        if np.isnan(entropies).any():
+            lost = rows[np.isnan(entropies).any(axis=1)][0]
+            raise StageFailed(f"shard {run.shards[shard].url} no longer holds the image of row {lost}; embed it again")
+        yield keys, entropies
+
+    @torch.inference_mode()
+    def _entropies(self, networks: list[list[Classifier]], batch: torch.Tensor) -> np.ndarray:
+        batch = batch.to(self.device)
+        parts = []
+        for members in networks:  # one epoch at a time: (n, 1, M, K) logits
+            logits = torch.stack([network(batch).float() for network in members], dim=1)
+            parts.append(epoch_entropies(logits[:, None]))
+        return torch.cat(parts, dim=1).cpu().numpy()
+
+    def _load(self, chunk: range) -> list[list[Classifier]]:
+        with ThreadPoolExecutor(16) as pool:
+            loads = [[pool.submit(load_epoch, self.run_uri, m, epoch + 1) for m in self.members] for epoch in chunk]
+            return [[self._network(load.result()) for load in epoch] for epoch in loads]
+
+    def _network(self, state: dict[str, torch.Tensor]) -> Classifier:
+        network = build_classifier(self.template.spec)
+        network.load_state_dict(state)
+        return network.to(self.device).eval()

@@ -1,0 +1,1 @@
+"""Shards of a corpus: found, read strictly, checked, copied."""

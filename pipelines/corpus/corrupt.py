@@ -1,0 +1,210 @@
+"""Corrupt: shards -> copies whose images carry a common corruption at a severity; keys, labels and order stay.
+
+    OUT/KIND-SEVERITY/NAME.tar      one folder per corruption, each as usable as the original shards
+
+Images are written as PNG, so that the corruption is exactly what it was computed to be. Samples that the strict reader
+would leave out are left out here too, and counted. One task per shard and corruption; done ones are skipped.
+"""
+
+import dataclasses
+import io
+import itertools
+import json
+import tarfile
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from PIL import Image
+
+from ops.corruptions import CORRUPTIONS, SEVERITIES, corrupt
+from ops.images import ImageError, decode_image
+from pipelines import storage
+from pipelines.corpus.samples import IMAGE_SUFFIXES, LabelSource, SampleNumbering
+from pipelines.corpus.shards import Shard, read_shard
+from pipelines.corpus.tarstream import ByteStream, TarDamage, TarStream
+from pipelines.progress import Progress
+from pipelines.run import fingerprint
+from pipelines.tasks import in_order
+
+FAMILIES = {
+    "noise": ("gaussian_noise", "shot_noise", "impulse_noise"),
+    "blur": ("defocus_blur", "glass_blur", "motion_blur", "zoom_blur"),
+    "weather": ("snow", "frost", "fog", "brightness"),
+    "digital": ("contrast", "elastic_transform", "pixelate", "jpeg_compression"),
+}
+RECORD = "corruption.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """One corruption of all shards; `seed` and a sample's place decide its randomness."""
+
+    kind: str
+    severity: int
+    seed: int = 0
+    max_pixels: int = 100_000_000
+
+    @property
+    def folder(self) -> str:
+        return f"{self.kind}-{self.severity}"
+
+
+def named_kinds(words: Sequence[str]) -> tuple[str, ...]:
+    """Corruptions by name, by family (noise, blur, weather, digital), or all of the four families."""
+    found: list[str] = []
+    for word in words:
+        if word == "all":
+            found += itertools.chain.from_iterable(FAMILIES.values())
+        elif word in FAMILIES:
+            found += FAMILIES[word]
+        elif word in CORRUPTIONS:
+            found.append(word)
+        else:
+            raise ValueError(f"--kinds {word}: expected all, {', '.join(FAMILIES)}, or one of {', '.join(CORRUPTIONS)}")
+    return tuple(dict.fromkeys(found))
+
+
+def corrupt_shards(
+    shards: Sequence[Shard], out: str, kinds: Sequence[str], severities: Sequence[int] = SEVERITIES, seed: int = 0
+) -> dict:
+    """Write corrupted copies of shards below the folder `out`.
+
+    Parameters
+    ----------
+    shards : sequence of Shard
+    out : str
+        Local folder or URI.
+    kinds : sequence of str
+        Keys of `ops.corruptions.CORRUPTIONS`, or families, or "all".
+    severities : sequence of int
+        Each in 1 … 5.
+    seed : int
+
+    Returns
+    -------
+    counts : dict
+        samples written and left_out (summed over corruptions), shards_done, shards_skipped, seconds, folders.
+
+    Raises
+    ------
+    ValueError
+        For a kind or severity that is none, or an `out` that cannot be written to.
+    """
+    kinds = named_kinds(kinds)
+    for severity in severities:
+        if severity not in SEVERITIES:
+            raise ValueError(f"--severities {severity}: expected whole numbers from 1 to 5")
+    if not kinds or not severities:
+        raise ValueError("--kinds and --severities: at least one of each")
+    storage.check_writable(out)
+    started = time.monotonic()
+    recipes = [Recipe(kind, severity, seed) for kind in kinds for severity in dict.fromkeys(severities)]
+    names = output_names(shards)
+    items = [
+        (number, shard, storage.join(out, recipe.folder, name), recipe)
+        for recipe in recipes
+        for number, (shard, name) in enumerate(zip(shards, names))
+    ]
+    pending = [item for item in items if not _done(item[2], item[1], item[3])]
+    progress = Progress("corrupt", len(pending), skipped=len(items) - len(pending))
+    totals: Counter[str] = Counter()
+    for counts in in_order(corrupt_shard, pending):
+        totals.update(counts)
+        progress.shard(counts["samples"], counts["left_out"])
+    return {
+        "samples": totals["samples"],
+        "left_out": totals["left_out"],
+        "shards_done": len(pending),
+        "shards_skipped": len(items) - len(pending),
+        "seconds": time.monotonic() - started,
+        "folders": [storage.join(out, recipe.folder) for recipe in recipes],
+    }
+
+
+def output_names(shards: Sequence[Shard]) -> list[str]:
+    """A file name for each shard: its own, with its number in front where several have the same."""
+    names = [shard.url.partition("?")[0].rstrip("/").rpartition("/")[2] for shard in shards]
+    count = Counter(names)
+    return [name if count[name] == 1 else f"{number:06d}-{name}" for number, name in enumerate(names)]
+
+
+def _done(target: str, shard: Shard, recipe: Recipe) -> bool:
+    try:
+        return json.loads(storage.read_bytes(f"{target}.json"))["source"] == _source(shard, recipe)
+    except (FileNotFoundError, ValueError, KeyError):
+        return False
+
+
+def _source(shard: Shard, recipe: Recipe) -> str:
+    return fingerprint("corrupt", dataclasses.asdict(shard), dataclasses.asdict(recipe))
+
+
+def corrupt_shard(number: int, shard: Shard, target: str, recipe: Recipe) -> dict[str, int]:
+    """Ray task: one corrupted copy of a shard and, written last, the record that marks it done."""
+    torch.set_num_threads(1)
+    good = set(_good_rows(number, shard))
+    written = bad = 0
+    with (
+        storage.write_atomic(target) as output,
+        tarfile.open(fileobj=output, mode="w", format=tarfile.GNU_FORMAT) as tar,
+    ):
+        for row, members in _samples(shard, good):
+            try:
+                members = [_corrupted(name, data, (recipe.seed, number, row), recipe) for name, data in members]
+            except ImageError:  # it would be left out when it is embedded, as in the original
+                bad += 1
+                continue
+            for name, data in members:
+                header = tarfile.TarInfo(name)
+                header.size = len(data)
+                tar.addfile(header, io.BytesIO(data))
+            written += 1
+    counts = {"samples": written, "left_out": bad}
+    record = {"source": _source(shard, recipe), **dataclasses.asdict(recipe), "shard": shard.url, **counts}
+    storage.write_text_atomic(f"{target}.json", json.dumps(record) + "\n")
+    return counts
+
+
+def _good_rows(number: int, shard: Shard) -> Iterator[int]:
+    """Rows of the samples that have an image and a key that may be written."""
+    for table in read_shard(number, shard, LabelSource("none")):
+        kept = table.filter(table["image"].is_valid())
+        yield from kept["row"].to_pylist()
+
+
+def _samples(shard: Shard, good: set[int]) -> Iterator[tuple[int, list[tuple[str, bytes]]]]:
+    """(row, [(member name, bytes), …]) of the good samples of a shard, in order; one sample in memory."""
+    filesystem, path = storage.open_filesystem(shard.url)
+    stream = ByteStream(lambda: filesystem.open_input_stream(path, compression=None))
+    numbering, row, members = SampleNumbering(), None, []
+    tar = TarStream(stream)
+    try:
+        while (member := tar.next()) is not None:
+            place = numbering.place(member)
+            if place is None or place.row not in good or member.kind != "file":
+                continue
+            if place.row != row and members:
+                yield row, members
+                members = []
+            row = place.row
+            members.append((member.name, tar.body()))
+    except TarDamage:
+        pass  # what was whole before the damage stays, as when the shard is embedded
+    finally:
+        stream.close()
+    if members:
+        yield row, members
+
+
+def _corrupted(name: str, data: bytes, seed: tuple[int, int, int], recipe: Recipe) -> tuple[str, bytes]:
+    """A member's new name and bytes: images corrupted and as PNG, all else as it is."""
+    stem, _, suffix = name.rpartition(".")
+    if suffix.lower() not in IMAGE_SUFFIXES:
+        return name, data
+    picture = corrupt(decode_image(data, max_pixels=recipe.max_pixels), recipe.kind, recipe.severity, seed)
+    stream = io.BytesIO()
+    Image.fromarray(np.ascontiguousarray(picture.permute(1, 2, 0).numpy())).save(stream, "PNG")
+    return f"{stem}.png", stream.getvalue()

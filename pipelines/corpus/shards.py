@@ -1,0 +1,416 @@
+"""Webdataset shards: found, read as a stream of Arrow tables that loses nothing silently, and written as subsets.
+
+Reading is a Ray Data source with one read task per shard. Bad data becomes a row with a reason; a storage that fails
+is tried again from where the last block ended, and then fails the stage: it says nothing about the data.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import itertools
+import json
+import tarfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, BinaryIO, NamedTuple
+
+import pyarrow as pa
+import ray
+from ray.data.block import BlockMetadata
+from ray.data.context import DataContext
+from ray.data.datasource import Datasource, ReadTask
+
+from pipelines import storage
+from pipelines.corpus.samples import IMAGE_SUFFIXES, MAX_IMAGE_BYTES, Entry, LabelSource, SampleNumbering, read_samples
+from pipelines.corpus.shardlist import find_shards
+from pipelines.corpus.tarstream import BLOCK, CHUNK_BYTES, ByteStream, Member, StorageError, TarDamage, TarStream
+
+# Ray's default of 128 MiB made a reader take 464-494 MiB of memory; 16 MiB blocks made it 237.
+BLOCK_BYTES = 16 << 20
+TRIES = 4
+BACKOFF_S = 1.0
+_ROW_BYTES = 256  # about what a row weighs besides its image
+
+SAMPLES = pa.schema(
+    [
+        pa.field("shard", pa.int32()),
+        pa.field("position", pa.int64()),  # counts the rows of this table's shard, the last one (`end`) too
+        pa.field("row", pa.int64()),
+        pa.field("key", pa.string()),
+        pa.field("label", pa.int64()),
+        pa.field("image", pa.large_binary()),  # encoded, as stored; null where there is a reason
+        pa.field("reason", pa.string()),  # why the sample is left out; null for a good one
+        pa.field("member", pa.string()),
+        pa.field("end", pa.string()),  # JSON on the last row of a shard, null on all others
+    ]
+)
+
+
+class ShardChanged(StorageError):
+    """A shard does not hold what it held when it was read: trying again won't help."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """One shard as it was found: `size` in bytes, time of modification in nanoseconds (0 where the store has none)."""
+
+    url: str
+    size: int
+    mtime_ns: int
+
+
+def expand_shards(spec: str) -> list[Shard]:
+    """The shards that `spec` names.
+
+    Parameters
+    ----------
+    spec : str
+        One or several of these, `::` between them, each expanded by itself: a brace pattern `a/{000..049}.tar`, a glob
+        (`*`, `?`, `[…]`, `**`), a folder (its `*.tar`), one shard, or a text file (not called .tar) of such sources, a
+        line each, `#` for comments; relative lines start at the working folder. Local or a URI of any filesystem that
+        `pipelines.storage` opens.
+
+    Returns
+    -------
+    shards : list of Shard
+        In the order given; what a glob or a folder finds is sorted by name. Local URLs are absolute paths.
+
+    Raises
+    ------
+    ValueError
+        Nothing matches, a listed shard doesn't exist or is named twice, `pipe:` (never run), a compressed tar. The
+        message contains "shard" and what would do.
+    """
+    return [Shard(url, info.size or 0, info.mtime_ns or 0) for url, info in find_shards(spec)]
+
+
+def shard_digest(url: str) -> str:
+    """sha256 of a shard's bytes, in hexadecimal: what the end of its reading says as `digest`."""
+    return _with_retries(url, lambda: _digest(url))
+
+
+def read_shards(
+    pending: Sequence[tuple[int, Shard]],
+    labels: LabelSource,
+    *,
+    num_cpus: float = 0.25,
+    block_bytes: int = BLOCK_BYTES,
+    max_image_bytes: int = MAX_IMAGE_BYTES,
+) -> ray.data.Dataset:
+    """Shards as a stream of blocks with the schema SAMPLES.
+
+    Parameters
+    ----------
+    pending : sequence of (int, Shard)
+        The shards to read, each with its number in the run.
+    labels : LabelSource
+    num_cpus : float
+        Of each read task. A fraction: beside actors a whole core may never be free, and then nothing runs. It keeps
+        Ray from fusing reading with a stage of another `num_cpus`, so images stream.
+    block_bytes : int
+        Image bytes per block, about; the memory of a read task is some times that.
+
+    Returns
+    -------
+    dataset : ray.data.Dataset
+        Blocks of a shard hold its rows in order. Its last row has `end`, JSON with `entries` (rows of this shard
+        before that one), `samples` (numbered, good or not), `left_out`,
+        `ignored` (members of no sample, such as README), `digest` (sha256), `bytes`, `seconds` (spent
+        reading). entries = samples, plus one if the shard has an unreadable rest. A shard's blocks are the same each
+        time it is read (but for `seconds`).
+    """
+    if not pending:
+        return ray.data.from_arrow(SAMPLES.empty_table())
+    context = DataContext.get_current().copy()
+    context.target_max_block_size = block_bytes
+    context.raise_original_map_exception = True  # a full disk in a stage reaches the command as what it is
+    read = functools.partial(read_shard, labels=labels, block_bytes=block_bytes, max_image_bytes=max_image_bytes)
+    with DataContext.current(context):
+        # As many blocks as tasks: otherwise Ray adds a step that cuts blocks up.
+        return ray.data.read_datasource(ShardSource(pending, read), num_cpus=num_cpus, override_num_blocks=len(pending))
+
+
+class ShardSource(Datasource):
+    """One read task per shard; `read(number, shard)` yields its tables."""
+
+    def __init__(self, pending: Sequence[tuple[int, Shard]], read: Callable[[int, Shard], Iterator[pa.Table]]):
+        super().__init__()
+        self._pending, self._read = list(pending), read
+
+    def estimate_inmemory_data_size(self) -> int:
+        return sum(shard.size for _, shard in self._pending)
+
+    def get_read_tasks(
+        self, parallelism: int, per_task_row_limit: int | None = None, data_context: DataContext | None = None
+    ) -> list[ReadTask]:
+        return [
+            ReadTask(
+                functools.partial(self._read, number, shard),
+                BlockMetadata(num_rows=None, size_bytes=shard.size, exec_stats=None, input_files=[shard.url]),
+                schema=SAMPLES,
+                per_task_row_limit=per_task_row_limit,
+            )
+            for number, shard in self._pending
+        ]
+
+
+def read_shard(
+    number: int,
+    shard: Shard,
+    labels: LabelSource,
+    block_bytes: int = BLOCK_BYTES,
+    max_image_bytes: int = MAX_IMAGE_BYTES,
+) -> Iterator[pa.Table]:
+    """One shard's tables; a StorageError that names it if the storage fails `TRIES` times or the shard has changed.
+
+    Ray may have taken earlier tables when the storage fails, so another try reads from the start and yields what
+    follows these: tables depend on nothing but the shard's bytes.
+    """
+    done = 0
+    for attempt in itertools.count(1):
+        try:
+            for table in itertools.islice(_tables(number, shard, labels, block_bytes, max_image_bytes), done, None):
+                yield table
+                done += 1
+            return
+        except (StorageError, FileNotFoundError) as error:
+            _wait_or_raise(shard.url, attempt, error)
+
+
+def read_images(shard: Shard, rows: Sequence[int]) -> list[tuple[int, bytes]]:
+    """(row, encoded image) of chosen samples of a shard, in its order; what lies behind the last one is not read.
+
+    StorageError if the storage fails, its kind ShardChanged if the shard does not hold a row's image any more.
+    """
+    return _with_retries(shard.url, lambda: _images(shard, set(rows)))
+
+
+class SubsetSample(NamedTuple):
+    """A sample in a subset: where it came from, its key there and here, sha256 of its image's bytes (hexadecimal)."""
+
+    shard: int
+    row: int
+    source_key: str
+    key: str
+    sha256: str
+
+
+def write_subset_shard(sources: Sequence[tuple[Shard, int, Sequence[int]]], uri: str) -> list[SubsetSample]:
+    """Copy chosen samples of one or more shards into one new tar, whole or not at all.
+
+    Every regular member of a sample is copied byte for byte under its name, in the order found; headers are always the
+    same (mode 0644, no owner, no time), so equal sources give equal files. Memory: a chunk.
+
+    Parameters
+    ----------
+    sources : sequence of (Shard, int, sequence of int)
+        A shard, its number in the run, the ascending rows wanted of it.
+    uri : str
+        The tar to write.
+
+    Returns
+    -------
+    samples : list of SubsetSample
+        In the order written. A key that an earlier source brought already gets its shard's number in front of its last
+        part (`dir/0001` -> `dir/000003_0001`); all others stay.
+
+    Raises
+    ------
+    StorageError
+        If the storage fails; ShardChanged, a kind of it, if a shard does not hold the rows wanted any more.
+    """
+
+    def write() -> list[SubsetSample]:
+        with storage.write_atomic(uri) as output:
+            writer = _SubsetWriter(output)
+            written = [sample for source in sources for sample in _copy_samples(*source, writer)]
+            writer.close()
+        return written
+
+    return _with_retries(uri, write)
+
+
+class _TableBuilder:
+    """Collects entries up to a block's bytes."""
+
+    def __init__(self, number: int):
+        self.number, self.position, self.bytes = number, 0, 0
+        self._entries: list[Entry] = []
+
+    def add(self, entry: Entry) -> None:
+        self._entries.append(entry)
+        self.bytes += _ROW_BYTES + (len(entry.image) if entry.image is not None else 0)
+
+    def table(self, end: dict | None = None) -> pa.Table:
+        entries = self._entries if end is None else [*self._entries, Entry(*[None] * 6)]
+        rows, keys, labels, images, reasons, members = zip(*entries)
+        positions = range(self.position, self.position + len(entries))
+        ends = [None] * len(entries)
+        if end is not None:
+            ends[-1] = json.dumps(end | {"entries": positions[-1]})
+        columns = ([self.number] * len(entries), positions, rows, keys, labels, images, reasons, members, ends)
+        self.position, self.bytes, self._entries = positions.stop, 0, []
+        return pa.Table.from_arrays([pa.array(c, f.type) for c, f in zip(columns, SAMPLES)], schema=SAMPLES)
+
+
+def _tables(
+    number: int, shard: Shard, labels: LabelSource, block_bytes: int, max_image_bytes: int
+) -> Iterator[pa.Table]:
+    stream, builder, numbering = _open(shard.url), _TableBuilder(number), SampleNumbering()
+    samples = left_out = 0
+    try:
+        for entry in read_samples(TarStream(stream), labels, max_image_bytes, numbering):
+            # Before adding, so that the rest of a cut shard is only told after the size was checked below.
+            if builder.bytes >= block_bytes:
+                yield builder.table()
+            builder.add(entry)
+            samples += entry.row is not None
+            left_out += entry.reason is not None
+        stream.drain()
+    finally:
+        stream.close()
+    if shard.size and stream.position != shard.size:
+        raise StorageError(
+            f"{stream.position} bytes came instead of {shard.size}: cut by the storage, or it has changed"
+        )
+    yield builder.table(
+        {
+            "samples": samples,
+            "left_out": left_out,
+            "ignored": numbering.ignored,
+            "digest": stream.digest(),
+            "bytes": stream.position,
+            "seconds": stream.seconds,
+        }
+    )
+
+
+def _images(shard: Shard, wanted: set[int]) -> list[tuple[int, bytes]]:
+    found: dict[int, bytes] = {}
+    why, stream = "it ends before", _open(shard.url)
+    try:
+        tar, numbering = TarStream(stream), SampleNumbering()
+        while len(found) < len(wanted) and (member := tar.next()) is not None:
+            place = numbering.place(member)
+            if place is not None and place.row in wanted and place.suffix in IMAGE_SUFFIXES and member.kind == "file":
+                found[place.row] = tar.body()
+    except TarDamage as damage:
+        why = str(damage)
+    finally:
+        stream.close()
+    _check_found(shard, wanted - found.keys(), why)
+    return sorted(found.items())
+
+
+def _check_found(shard: Shard, missing: set[int], why: str) -> None:
+    if missing:
+        raise ShardChanged(f"shard {shard.url} holds no image of row {min(missing)} any more: {why}; embed it again")
+
+
+def _open(url: str) -> ByteStream:
+    def open_raw() -> BinaryIO:
+        filesystem, path = storage.open_filesystem(url)
+        return filesystem.open_input_stream(path, compression=None)
+
+    return ByteStream(open_raw, CHUNK_BYTES)
+
+
+def _digest(url: str) -> str:
+    stream = _open(url)
+    try:
+        stream.drain()
+        return stream.digest()
+    finally:
+        stream.close()
+
+
+def _with_retries(url: str, work: Callable[[], Any]) -> Any:
+    attempt = 0
+    while True:
+        attempt += 1
+        try:
+            return work()
+        except (StorageError, FileNotFoundError) as error:
+            _wait_or_raise(url, attempt, error)
+
+
+def _wait_or_raise(url: str, attempt: int, error: OSError) -> None:
+    if isinstance(error, ShardChanged):
+        raise error
+    if isinstance(error, FileNotFoundError):
+        raise StorageError(f"shard {url}: it is not there any more") from error
+    if attempt == TRIES:
+        raise StorageError(f"shard {url}: gave up after {TRIES} tries: {error}") from error
+    time.sleep(BACKOFF_S * 2 ** (attempt - 1))
+
+
+class _SubsetWriter:
+    """Writes members with fixed headers; gives samples keys that are unique in this tar."""
+
+    def __init__(self, output: BinaryIO):
+        self._output, self._keys = output, set()
+
+    def unique(self, key: str, number: int) -> str:
+        folder, last = key[: key.rfind("/") + 1], key[key.rfind("/") + 1 :]
+        while key in self._keys:
+            last = f"{number:06d}_{last}"
+            key = folder + last
+        self._keys.add(key)
+        return key
+
+    def add(self, name: str, size: int, pieces: Iterator[bytes]) -> None:
+        header = tarfile.TarInfo(name)
+        header.size = size
+        self._output.write(header.tobuf(tarfile.GNU_FORMAT, "utf-8", "surrogateescape"))
+        for piece in pieces:
+            self._output.write(piece)
+        self._output.write(bytes(-size % BLOCK))
+
+    def close(self) -> None:
+        self._output.write(bytes(2 * BLOCK))
+
+
+def _copy_samples(shard: Shard, number: int, rows: Sequence[int], writer: _SubsetWriter) -> list[SubsetSample]:
+    copied: dict[int, SubsetSample] = {}
+    why = "it ends before"
+    stream = _open(shard.url)
+    try:
+        _copy_wanted(TarStream(stream), number, set(rows), writer, copied)
+    except TarDamage as damage:
+        # Not an error by itself: rows before the damage were read whole when they were chosen, so they are now.
+        why = str(damage)
+    finally:
+        stream.close()
+    _check_found(shard, {row for row in rows if row not in copied or not copied[row].sha256}, why)
+    return [copied[row] for row in rows]
+
+
+def _copy_wanted(
+    tar: TarStream, number: int, wanted: set[int], writer: _SubsetWriter, copied: dict[int, SubsetSample]
+) -> None:
+    numbering, last = SampleNumbering(), max(wanted, default=-1)
+    while (member := tar.next()) is not None:
+        place = numbering.place(member)
+        if place is None or place.row not in wanted:
+            if place is not None and place.row > last:
+                return
+            continue
+        sample = copied.get(place.row)
+        if sample is None:
+            sample = SubsetSample(number, place.row, place.key, writer.unique(place.key, number), "")
+        if member.kind == "file":
+            digest = _copy_member(tar, member, sample, writer)
+            sample = sample._replace(sha256=digest if place.suffix in IMAGE_SUFFIXES else sample.sha256)
+        copied[place.row] = sample
+
+
+def _copy_member(tar: TarStream, member: Member, sample: SubsetSample, writer: _SubsetWriter) -> str:
+    digest = hashlib.sha256()
+
+    def hashed() -> Iterator[bytes]:
+        for piece in tar.pieces():
+            digest.update(piece)
+            yield piece
+
+    writer.add(sample.key + member.name[len(sample.source_key) :], member.size, hashed())
+    return digest.hexdigest()

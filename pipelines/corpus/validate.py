@@ -1,0 +1,207 @@
+"""Validate: what curate would find in shards, before a GPU is paid for.
+
+The reader is curate's own, so what it leaves out, and why, is the same: damaged tars, repeated keys, missing images and
+labels. Every shard (or an even sample of very many) is read whole, as a tar is whole only if its last byte is there; of
+the images every so-manieth is decoded.
+"""
+
+import dataclasses
+import json
+import re
+import time
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import pyarrow as pa
+
+from ops.images import ImageError, decode_image
+from pipelines.corpus.samples import LabelSource
+from pipelines.corpus.shards import Shard, read_shard
+from pipelines.planning.plan import evenly
+from pipelines.progress import Progress
+from pipelines.tasks import in_order
+
+CPUS_PER_SHARD = 0.5  # reading waits for the store half of the time
+EXAMPLES = 3  # per reason
+SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # classes of the shorter side, pixels
+
+
+@dataclasses.dataclass(frozen=True)
+class Check:
+    """What is looked at.
+
+    Attributes
+    ----------
+    label : str
+        cls, json:FIELD or none, as for curate.
+    class_names : tuple of str or None
+    decode_every : int
+        One image in so many is decoded; 1 = all.
+    max_pixels : int
+    """
+
+    label: str = "cls"
+    class_names: tuple[str, ...] | None = None
+    decode_every: int = 50
+    max_pixels: int = 100_000_000
+
+
+@dataclasses.dataclass
+class Findings:
+    """What was found in some shards; adds up.
+
+    Attributes
+    ----------
+    samples, left_out, unreadable : int
+        Samples that were numbered; those left out as read; shards whose rest cannot be read.
+    decoded, undecodable : int
+        Of the sample of images.
+    reasons, examples : Counter, dict
+        By reason, digits made alike: how many, and the first few as {shard, row, key, member, reason}.
+    labels, formats, sizes : Counter
+        Samples by label; decoded images by format and by their shorter side (at most so many pixels).
+    """
+
+    samples: int = 0
+    left_out: int = 0
+    unreadable: int = 0
+    decoded: int = 0
+    undecodable: int = 0
+    ignored: int = 0
+    bytes: int = 0
+    image_bytes: int = 0
+    reasons: Counter = dataclasses.field(default_factory=Counter)
+    examples: dict[str, list[dict]] = dataclasses.field(default_factory=dict)
+    labels: Counter = dataclasses.field(default_factory=Counter)
+    formats: Counter = dataclasses.field(default_factory=Counter)
+    sizes: Counter = dataclasses.field(default_factory=Counter)
+
+    def add(self, other: "Findings") -> None:
+        """Take over what was found in the shards that follow."""
+        for field in dataclasses.fields(self):
+            if field.name != "examples":
+                setattr(self, field.name, getattr(self, field.name) + getattr(other, field.name))
+        for reason, found in other.examples.items():
+            self.examples[reason] = (self.examples.get(reason, []) + found)[:EXAMPLES]
+
+    def leave_out(self, entry: dict[str, Any]) -> None:
+        """Note one sample, or one rest of a shard, and why."""
+        reason = re.sub(r"\d+", "#", entry["reason"])
+        self.reasons[reason] += 1
+        if len(self.examples.setdefault(reason, [])) < EXAMPLES:
+            self.examples[reason].append(entry)
+
+
+def validate_shard(number: int, shard: Shard, check: Check) -> Findings:
+    """Ray task: what is in one shard."""
+    found = Findings()
+    for table in read_shard(number, shard, LabelSource(check.label, check.class_names)):
+        _look_at(table, check, found)
+    return found
+
+
+def _look_at(table: pa.Table, check: Check, found: Findings) -> None:
+    end = table["end"][table.num_rows - 1].as_py()
+    good = table.filter(table["image"].is_valid())
+    found.image_bytes += pa.compute.sum(pa.compute.binary_length(good["image"])).as_py() or 0
+    found.labels.update(good["label"].drop_null().to_pylist())
+    left_out = table.filter(table["reason"].is_valid())
+    for entry in left_out.select(["shard", "row", "key", "member", "reason"]).to_pylist():
+        found.leave_out(entry)
+    found.left_out += left_out.num_rows
+    found.unreadable += left_out["row"].null_count
+    found.samples += table.num_rows - (end is not None) - left_out["row"].null_count
+    for place, row in enumerate(good["row"].to_pylist()):
+        if row % check.decode_every == 0:
+            _decode(good.slice(place, 1), check, found)
+    if end is not None:
+        counts = json.loads(end)
+        found.ignored += counts["ignored"]
+        found.bytes += counts["bytes"]
+
+
+def _decode(sample: pa.Table, check: Check, found: Findings) -> None:
+    """Decode one image as the embedding actor would."""
+    data = sample["image"][0].as_py()
+    found.decoded += 1
+    try:
+        picture = decode_image(data, max_pixels=check.max_pixels)
+    except ImageError as error:
+        found.undecodable += 1
+        entry = sample.select(["shard", "row", "key", "member"]).to_pylist()[0]
+        found.leave_out(entry | {"reason": str(error)})
+        return
+    side = min(picture.shape[1:])
+    found.sizes[next((size for size in SIZES if side <= size), 1 << 20)] += 1
+    found.formats[_format(data)] += 1
+
+
+def _format(data: bytes) -> str:
+    """What an image that could be decoded is, by its first bytes: names do not bind."""
+    for name, magic in (("jpeg", b"\xff\xd8\xff"), ("png", b"\x89PNG"), ("gif", b"GIF8"), ("bmp", b"BM")):
+        if data.startswith(magic):
+            return name
+    return "webp" if data[8:12] == b"WEBP" else "other"
+
+
+def validate(shards: Sequence[Shard], check: Check, most_shards: int | None = None) -> dict[str, Any]:
+    """Look through shards, side by side as Ray tasks.
+
+    Parameters
+    ----------
+    shards : sequence of Shard
+    check : Check
+    most_shards : int, optional
+        Of more shards than this, so many are read, evenly spread.
+
+    Returns
+    -------
+    result : dict
+        JSON-able: shards (listed, read), samples, left_out, bad_fraction (that of curate: entries / (rows + entries), with
+        the undecodable share of the decoded images put in for all), reasons, classes, formats, sizes, and what the whole
+        list would hold (`estimated`) if it is like the shards that were read.
+    """
+    started = time.monotonic()
+    places = evenly(len(shards), most_shards or len(shards))
+    items = [(place, shards[place]) for place in places]
+    found, progress = Findings(), Progress("validate", len(items))
+    for part in in_order(validate_shard, items, check, num_cpus=CPUS_PER_SHARD):
+        found.add(part)
+        progress.shard(part.samples, part.left_out)
+    usable = found.samples - (found.left_out - found.unreadable)
+    broken = found.undecodable / max(1, found.decoded)
+    bad = found.left_out + broken * usable
+    scale = sum(shard.size for shard in shards) / max(1, sum(shard.size for _, shard in items))
+    return {
+        "shards": {"listed": len(shards), "read": len(items), "damaged": found.unreadable},
+        "samples": found.samples,
+        "left_out": found.left_out,
+        "images": {
+            "decoded": found.decoded,
+            "undecodable": found.undecodable,
+            "mean_bytes": found.image_bytes / max(1, usable),
+        },
+        "bad_fraction": bad / max(1, found.samples + found.unreadable),
+        "reasons": {
+            reason: {"count": count, "kind": kind_of(found.examples[reason][0]), "examples": found.examples[reason]}
+            for reason, count in found.reasons.most_common(50)
+        },
+        "classes": {str(label): count for label, count in sorted(found.labels.items())},
+        "formats": dict(found.formats.most_common()),
+        "shorter_side": {str(size): found.sizes[size] for size in sorted(found.sizes)},
+        "members_ignored": found.ignored,
+        "bytes": found.bytes,
+        "estimated": {"samples": round(scale * found.samples), "usable": round(scale * (found.samples - bad))},
+        "seconds": time.monotonic() - started,
+    }
+
+
+def kind_of(entry: dict[str, Any]) -> str:
+    """What an entry left out is about: tar, key, label or image."""
+    reason = entry["reason"]
+    if entry["row"] is None:
+        return "tar"
+    if reason.startswith(("duplicate key", "key ")):
+        return "key"
+    return "label" if re.match(r".*label|unknown class|malformed json", reason) else "image"

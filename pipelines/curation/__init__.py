@@ -1,0 +1,1 @@
+"""Shards -> embeddings -> Gaussians -> difficulty -> subsets: the main job."""

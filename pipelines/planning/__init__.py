@@ -1,0 +1,1 @@
+"""What a corpus will take, from a few measured shards."""

@@ -1,0 +1,227 @@
+"""Measure a few shards through the real pipeline: what `pipelines.planning.plan` projects from.
+
+First one worker alone, step by step: what each step could do, and a worker's memory. Then the pipeline as `embed` runs it,
+the same shards repeated until it has worked for a while, into a scratch run; then fit, score and select on that.
+"""
+
+import contextlib
+import io
+import json
+import math
+import resource
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import ray
+
+from pipelines import columns, storage
+from pipelines.corpus.shards import BLOCK_BYTES, LabelSource, Shard, read_shard
+from pipelines.curation import embed as embedding
+from pipelines.curation import fit as fitting
+from pipelines.curation import score as scoring
+from pipelines.curation import select as selecting
+from pipelines.curation.workers import DECODERS, STEPS, Resources
+from pipelines.planning.plan import Measured, StageCost
+from pipelines.run import CorpusConfig, Run
+
+MOST_SHARDS = 64  # of the scratch run: repeating shards of a dozen images until they last is minutes of starting tasks
+PARTS = 8  # of the measured time, for the interval
+SUBSET = "hard"
+
+
+class Probe:
+    """Ray actor: an embedding worker that runs alone and does one step after the other."""
+
+    def __init__(self, config: CorpusConfig, resources: Resources):
+        self.labels = LabelSource(config.label, config.class_names)
+        from pipelines.curation.embedder import EmbedImages
+
+        self.worker = EmbedImages(config, resources)
+
+    def shard(self, number: int, shard: Shard, scratch: str, limit_s: float) -> dict[str, Any]:
+        """Counts of a shard, all of it read; seconds per sample of each step, of the blocks begun within `limit_s`."""
+        spent, embedded, reading, end = dict.fromkeys(STEPS, 0.0), 0, 0.0, {}
+        started = before = time.perf_counter()
+        for table in read_shard(number, shard, self.labels):
+            reading += time.perf_counter() - before
+            if not embedded or time.perf_counter() - started < limit_s:
+                note = embedding.write_part(self.worker(table), scratch)["seconds"][0].as_py()
+                spent = {step: value + json.loads(note).get(step, 0.0) for step, value in spent.items()}
+                embedded += table.num_rows
+            end, before = table["end"][table.num_rows - 1].as_py(), time.perf_counter()
+        counts = json.loads(end)
+        seconds = {step: value / embedded for step, value in spent.items()}
+        seconds["read"] = reading / max(1, counts["entries"])
+        return {"samples": counts["samples"], "left_out": counts["left_out"], "seconds": seconds}
+
+    def peak_bytes(self) -> int:
+        """The most memory that this process has had."""
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def measure(
+    shards: Sequence[Shard],
+    config: CorpusConfig,
+    resources: Resources,
+    scratch: str,
+    session_s: float,
+    target_s: float = 20.0,
+) -> Measured:
+    """Take some shards through the pipeline.
+
+    Parameters
+    ----------
+    shards : sequence of Shard
+        To be measured; the more, the better the interval.
+    config : CorpusConfig
+    resources : Resources
+        The workers that run side by side here.
+    scratch : str
+        A folder for a scratch run, on the store where the real one will be; removed in the end.
+    session_s : float
+        Seconds that the command took to get here, part of what it returns.
+    target_s : float
+        Seconds of work that the pipeline is measured for, about; in less the moods of a machine decide.
+
+    Raises
+    ------
+    ValueError
+        If the shards hold no sample that can be embedded.
+    """
+    try:
+        probed, worker_bytes = _probe(shards, config, resources, scratch, target_s / 2)
+        if not any(p["samples"] > p["left_out"] for p in probed):  # which counts an unreadable rest too
+            raise ValueError(
+                f"--shards: the {len(shards)} measured ones hold no usable sample; hardset validate says why"
+            )
+        alone = {s: _weighted(probed, s) for s in STEPS}
+        repeats = _repeats(shards, sum(p["samples"] for p in probed) * sum(alone.values()), resources.workers, target_s)
+        run = Run.create(storage.join(scratch, "run"), config, list(shards) * repeats, overwrite=True)
+        with contextlib.redirect_stderr(io.StringIO()):  # progress over shards that nobody asked for
+            batches, startup_s, left_out = _embed(run, resources)
+            stages = _stages(run, len(shards))
+        written = _written(run)
+    finally:
+        storage.remove_tree(scratch)
+    return Measured(
+        shard_bytes=tuple(shard.size for shard in shards),
+        shard_samples=tuple(p["samples"] for p in probed),
+        left_out=round(left_out / repeats),
+        step_seconds=alone,
+        batch_seconds=batches,
+        startup_s=startup_s,
+        session_s=session_s,
+        stages=stages,
+        bytes_per_sample=written,
+        worker_bytes=worker_bytes,
+        device=resources.device,
+        workers=resources.workers,
+        decoders=DECODERS[resources.device],
+        cores=ray.cluster_resources().get("CPU", 0.0),
+    )
+
+
+def _probe(
+    shards: Sequence[Shard], config: CorpusConfig, resources: Resources, scratch: str, limit_s: float
+) -> tuple[list[dict[str, Any]], int]:
+    """What each shard took in a worker alone, and the worker's peak memory in bytes."""
+    actor = ray.remote(Probe).options(num_cpus=resources.cpus_per_worker, num_gpus=resources.gpus_per_worker)
+    probe = actor.remote(config, resources)
+    limit_s /= len(shards)
+    ray.get(probe.shard.remote(0, shards[0], scratch, 0.0))  # kernels and caches are warm after a first block
+    found = [ray.get(probe.shard.remote(number, shard, scratch, limit_s)) for number, shard in enumerate(shards)]
+    peak = ray.get(probe.peak_bytes.remote())
+    ray.kill(probe)
+    return found, peak
+
+
+def _weighted(probed: list[dict[str, Any]], step: str) -> float:
+    """Seconds per sample of a step over all measured shards."""
+    samples = sum(p["samples"] for p in probed)
+    return sum(p["seconds"][step] * p["samples"] for p in probed) / samples
+
+
+def _repeats(shards: Sequence[Shard], alone_s: float, workers: int, target_s: float) -> int:
+    """How often shards that take one worker `alone_s` are repeated: for `target_s`, and six blocks for each worker."""
+    blocks = sum(1 + shard.size // BLOCK_BYTES for shard in shards)
+    wanted = max(target_s * workers / max(alone_s, 1e-6), 6 * workers / blocks)
+    return max(1, math.ceil(min(wanted, MOST_SHARDS / len(shards))))
+
+
+def _embed(run: Run, resources: Resources) -> tuple[tuple[float, ...], float, int]:
+    """Seconds per sample of consecutive parts, seconds of start-up and end, samples left out."""
+    started = time.monotonic()
+    times, samples, left_out = [], [], 0
+
+    def noted(rows: int) -> None:
+        times.append(time.monotonic() - started)
+        samples.append(rows)
+
+    for counts, _ in embedding.embed_shards(run, list(range(len(run.shards))), resources, noted):
+        left_out += counts["left_out"]
+    embedding.embed(run, resources, max_bad_fraction=1.0)  # nothing is pending: it notes the stage
+    whole = time.monotonic() - started
+    batches = _parts(np.array(times), np.array(samples), resources.workers)
+    return batches, max(0.0, whole - sum(samples) * float(np.mean(batches))), left_out
+
+
+def _parts(times: np.ndarray, samples: np.ndarray, workers: int) -> tuple[float, ...]:
+    """Seconds per sample of up to `PARTS` consecutive parts, between the first and the last block of each worker.
+
+    Before and after those not all workers have work.
+    """
+    last = len(times) - 1
+    ends = (workers - 1, last - workers + 1) if last >= 3 * workers else (0, last)
+    edges = np.unique(np.linspace(*ends, min(PARTS, ends[1] - ends[0]) + 1).round().astype(int))
+    return tuple((np.diff(times[edges]) / np.diff(np.cumsum(samples)[edges])).tolist())
+
+
+def _stages(run: Run, few: int) -> dict[str, StageCost]:
+    """What fit, score and select cost, from the first `few` shards of the scratch run and from all of them."""
+    small = Run(run.uri, run.record | {"shards": run.record["shards"][:few], "stages": dict(run.record["stages"])})
+
+    def fit(run: Run) -> None:
+        fitting.fit(run)
+
+    def score(run: Run) -> None:
+        storage.remove_tree(run.path(columns.DIFFICULTY))
+        scoring.score(run, scoring.Weighting())
+
+    def select(run: Run) -> None:
+        by = "difficulty.rmd" if run.classes else "difficulty.md_agn"
+        selecting.select(run, selecting.Rule(by, 0.1), SUBSET)
+
+    found = {}
+    for name, stage, product in (
+        ("fit", fit, fitting.GAUSSIANS),
+        ("score", score, columns.DIFFICULTY),
+        ("select", select, f"subsets/{SUBSET}"),
+    ):
+        entry = f"select/{SUBSET}" if name == "select" else name
+        found[name] = _cost(stage, lambda some, e=entry, p=product: some.forget(e, p), small, run)
+    return found
+
+
+def _cost(stage: Callable[[Run], None], forget: Callable[[Run], None], small: Run, large: Run) -> StageCost:
+    """Cold on few shards, warm on few, warm on many: what is spent once, and what each shard adds."""
+
+    def seconds(run: Run) -> float:
+        forget(run)
+        run.save()  # the two share a folder, and stages read the record again
+        started = time.monotonic()
+        stage(run)
+        return time.monotonic() - started
+
+    cold, warm, many = seconds(small), seconds(small), seconds(large)
+    few, all_ = len(small.shards), len(large.shards)
+    per_shard = max(0.0, (many - warm) / (all_ - few)) if all_ > few else warm / few
+    return StageCost(max(0.0, cold - few * per_shard), per_shard)
+
+
+def _written(run: Run) -> dict[str, float]:
+    """Bytes per sample of each column group of the scratch run, and of its subset."""
+    samples = sum(f["rows"] + f["left_out"] for f in run.embedding_facts())
+    groups = (columns.EMBEDDINGS, columns.DIFFICULTY, columns.QUARANTINE, f"subsets/{SUBSET}")
+    return {name: sum(info.size for _, info in storage.list_infos(run.path(name))) / samples for name in groups}

@@ -1,0 +1,1 @@
+"""Samples joined with columns -> batches -> a trained classifier."""

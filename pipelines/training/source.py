@@ -1,0 +1,58 @@
+"""Which samples of a run a training or an evaluation uses, with which columns beside them. Loads no torch."""
+
+import dataclasses
+
+import numpy as np
+import pyarrow as pa
+
+from pipelines import columns
+from pipelines.corpus.shards import Shard
+from pipelines.run import Run
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Which samples of a run, with what beside them; small, and picklable for a worker.
+
+    Attributes
+    ----------
+    input : {"embeddings", "images"}
+    columns : tuple of str
+        Full names (`difficulty.weight`); NaN where a row has no value.
+    part : {"all", "train", "holdout"}
+        With `holdout` a fraction f > 0, a hash of (seed, shard, row) puts each sample into "holdout" with probability f.
+    """
+
+    run_uri: str
+    shards: tuple[Shard, ...]
+    input: str
+    columns: tuple[str, ...] = ()
+    part: str = "all"
+    holdout: float = 0.0
+    seed: int = 0
+    image_size: int = 0
+    max_pixels: int = 100_000_000
+
+    @classmethod
+    def of(cls, run: Run, **values: object) -> "Source":
+        """The source that a run is, with `values` for the other attributes."""
+        return cls(run.uri, tuple(run.shards), max_pixels=run.config.max_pixels, **values)
+
+    def keys(self, shard: int) -> pa.Table:
+        """key, shard, row, label and the columns of a shard's samples, in shard order. Reads no vectors, no images."""
+        table = columns.join(self.run_uri, shard, self.columns)
+        keep = table["label"].is_valid().to_numpy(zero_copy_only=False)
+        if self.part != "all" and self.holdout:
+            held = uniform(self.seed, shard, table["row"].to_numpy()) < self.holdout
+            keep &= held == (self.part == "holdout")
+        return table.filter(pa.array(keep))
+
+
+def uniform(seed: int, shard: int, rows: np.ndarray, epoch: int = 0) -> np.ndarray:
+    """A number (n,) in [0, 1) for each row: a hash, the same on every machine (splitmix64)."""
+    mixed = np.random.SeedSequence([seed, shard, epoch]).generate_state(1, np.uint64)[0]
+    with np.errstate(over="ignore"):
+        x = rows.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + mixed
+        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return ((x ^ (x >> np.uint64(31))) >> np.uint64(11)).astype(np.float64) * 2.0**-53

@@ -1,0 +1,484 @@
+"""Train: a run's shards or embeddings, joined with its columns -> a classifier. Planned here, run by Ray Train.
+
+plan_training   everything that can be wrong is found, counted and resolved before a worker starts
+train           TorchTrainer with 1 … n workers around `pipelines.training.loop`; a failed worker group starts again from the
+                last saved epoch, and so does the same command after a kill
+"""
+
+import dataclasses
+import functools
+import json
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import ray
+import ray.train
+import ray.train.torch
+from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
+
+from ops.images import decode_image
+from ops.models import ClassifierSpec, build_classifier
+from pipelines import columns, storage
+from pipelines.corpus.samples import LabelSource
+from pipelines.corpus.shards import read_shard
+from pipelines.run import Run, StageFailed, fingerprint
+from pipelines.tasks import in_order
+from pipelines.training.assess import Evaluation
+from pipelines.training.checkpoints import read_json, read_state
+from pipelines.training.groups import GroupRule, Resampling
+from pipelines.training.loop import Log, Plan, Recipe, Workplace, is_done, train_classifier
+from pipelines.training.objective import Grouping, LossChoice
+from pipelines.training.source import Source
+from pipelines.training.survey import check_trainable, moments, survey
+
+SAMPLERS = ("uniform", "upsample", "balanced")
+CORRECTNESS = "correctness"
+CORRECTNESS_SCHEMA = pa.schema(
+    [
+        *columns.KEYS,
+        columns.score_field("correctness.correctness"),
+        pa.field("epochs", pa.int32(), metadata={"meaning": "training epochs that saw the sample; 0 if held out"}),
+    ]
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Choices:
+    """What a person chooses, beside the recipe and the loss; names are those of the flags.
+
+    Attributes
+    ----------
+    model : str or None
+        None: `linear` on embeddings, `cifar_resnet20` on images up to 64 px, else timm's `resnet18`.
+    groups, upsample, bins : GroupRule or None
+        Quantiles among them are those of the training run. `bins` only divides the evaluation; it is left out where a
+        run has no such column.
+    holdout : float or None
+        Share of the samples that are not trained on but evaluated; None: 0.1 without an evaluation run, else 0.
+    """
+
+    input: str = "embeddings"
+    model: str | None = None
+    weights: str | None = None
+    groups: GroupRule | None = None
+    group_method: str = "dro"
+    group_step_size: float = 0.01
+    group_adjustment: float = 0.0
+    sampler: str = "uniform"
+    upsample: GroupRule | None = None
+    upsample_factor: int = 2
+    bins: GroupRule | None = None
+    holdout: float | None = None
+    image_size: int | None = None
+    small_images: bool = False
+    dropout: float = 0.0
+    standardize: bool = True
+
+
+def plan_training(
+    run: Run, out: str, loss: LossChoice, recipe: Recipe, choices: Choices, eval_run: Run | None = None
+) -> Plan:
+    """Check and count everything that a training needs.
+
+    Raises
+    ------
+    ValueError
+        For a column that is not there or lacks values, a group without samples, one class only, an evaluation run
+        with another encoder or other classes, shards that have changed, a model that does not exist.
+    """
+    _check_choices(choices, loss)
+    classes = _checked_classes(run, eval_run, choices.input)
+    spec = _spec(run, choices, classes)
+    build_classifier(spec)  # its own ValueError for a model that does not exist
+    groups = _resolved(choices.groups, run, classes)
+    sampling = _resolved(choices.upsample, run, classes) if choices.sampler == "upsample" else groups
+    holdout = choices.holdout if choices.holdout is not None else (0.1 if eval_run is None else 0.0)
+    named = [choices.weights] + [rule.column for rule in (groups, sampling) if rule is not None]
+    wanted = tuple(dict.fromkeys(name for name in named if name is not None))
+    source = Source.of(
+        run, input=choices.input, columns=wanted, part="train" if holdout else "all", holdout=holdout,
+        seed=recipe.seed, image_size=spec.image_size or 0,
+    )  # fmt: skip
+    if choices.input == "images":
+        _check_shards_unchanged(run)
+    found = survey(source, len(classes), groups if choices.sampler != "upsample" else sampling)
+    check_trainable(found, classes, groups if choices.sampler != "upsample" else None)
+    counts_of_groups = found.group_counts
+    if choices.sampler == "upsample" and groups is not None:
+        by_group = survey(source, len(classes), groups)
+        check_trainable(by_group, classes, groups)
+        counts_of_groups = by_group.group_counts
+    resampling = _resampling(choices, sampling, found)
+    mean, std = (
+        moments(source, run.config.width) if choices.input == "embeddings" and choices.standardize else (None, None)
+    )
+    return Plan(
+        out=out,
+        spec=spec,
+        recipe=recipe,
+        loss=loss,
+        source=source,
+        counts=found.counts,
+        evaluations=_evaluations(run, eval_run, source, groups, choices.bins, holdout, len(classes)),
+        weights=choices.weights,
+        weight_mean=_weight_mean(choices.weights, found.means),
+        grouping=_grouping(choices, groups, counts_of_groups),
+        resampling=resampling,
+        expanded=found.expanded(resampling),
+        mean=mean,
+        std=std,
+        lineage=_lineage(run, eval_run, loss, recipe, choices, wanted),
+    )
+
+
+def _check_choices(choices: Choices, loss: LossChoice) -> None:
+    if choices.sampler not in SAMPLERS:
+        raise ValueError(f"--sampler {choices.sampler}: expected one of {', '.join(SAMPLERS)}")
+    if choices.sampler == "upsample" and choices.upsample is None:
+        raise ValueError("--sampler upsample: needs --upsample COLUMN:EDGE, such as difficulty.rmd:q2")
+    if choices.sampler != "upsample" and choices.upsample is not None:
+        raise ValueError(f"--upsample: has no meaning with --sampler {choices.sampler}; add --sampler upsample")
+    if choices.sampler == "balanced" and choices.groups is None:
+        raise ValueError("--sampler balanced: needs --groups")
+    if choices.upsample_factor < 1:
+        raise ValueError(f"--upsample-factor {choices.upsample_factor}: a whole number of at least 1")
+    if choices.holdout is not None and not 0 <= choices.holdout < 1:
+        raise ValueError(f"--holdout {choices.holdout}: expected a fraction in [0, 1)")
+    if loss.argument == "weight" and choices.weights is None:
+        raise ValueError(f"--weights: {loss.name} needs a column, such as difficulty.weight")
+
+
+def _checked_classes(run: Run, eval_run: Run | None, kind: str) -> list[str]:
+    """The classes to learn, at least two, the evaluation run's among them."""
+    run.embedding_facts()
+    classes = run.classes
+    if run.config.label == "none" or not classes:
+        raise ValueError(f"--run {run.uri}: has no labels to train on (--label {run.config.label})")
+    if len(classes) < 2:
+        raise ValueError(f"--run {run.uri}: one class only ({classes[0]!r}); a classifier needs at least 2")
+    if eval_run is None:
+        return classes
+    eval_run.embedding_facts()
+    where = f"--eval-run {eval_run.uri}"
+    if eval_run.config.label == "none" or not eval_run.classes:
+        raise ValueError(f"{where}: has no labels to evaluate on")
+    if len(eval_run.classes) > len(classes):
+        raise ValueError(f"{where}: has {len(eval_run.classes)} classes, --run has {len(classes)}")
+    if run.config.class_names and eval_run.config.class_names and classes[: len(eval_run.classes)] != eval_run.classes:
+        raise ValueError(f"{where}: its classes have other names than those of --run")
+    ours, theirs = run.config, eval_run.config
+    fits = (ours.encoder_fingerprint, ours.width, ours.normalize) == (
+        theirs.encoder_fingerprint, theirs.width, theirs.normalize,
+    )  # fmt: skip
+    if kind == "embeddings" and not fits:
+        raise ValueError(
+            f"{where}: made with encoder {theirs.encoder!r} (d = {theirs.width}), --run with {ours.encoder!r} "
+            f"(d = {ours.width}); embed it with the same encoder"
+        )
+    return classes
+
+
+def _spec(run: Run, choices: Choices, classes: list[str]) -> ClassifierSpec:
+    if choices.input == "embeddings":
+        return ClassifierSpec(
+            "embeddings", choices.model or "linear", len(classes), tuple(classes), width=run.config.width,
+            encoder=run.config.encoder, encoder_fingerprint=run.config.encoder_fingerprint, dropout=choices.dropout,
+        )  # fmt: skip
+    size = choices.image_size or _first_image_size(run)
+    model = choices.model or ("cifar_resnet20" if size <= 64 else "resnet18")
+    # An ImageNet stem leaves 2 × 2 of a 64-pixel picture: up to there the small one is the default of ResNets.
+    small = choices.small_images or (size <= 64 and "resnet" in model)
+    small = small and not model.startswith("cifar_")
+    return ClassifierSpec(
+        choices.input, model, len(classes), tuple(classes), image_size=size, small_images=small, dropout=choices.dropout
+    )
+
+
+def _first_image_size(run: Run) -> int:
+    """Shorter side of the run's first usable image, 224 at most."""
+    for shard in range(len(run.shards)):
+        rows = columns.read(run.uri, columns.EMBEDDINGS, shard, ["row"])["row"].to_numpy()
+        if not len(rows):
+            continue
+        for table in read_shard(shard, run.shards[shard], LabelSource("none")):
+            for entry in table.to_pylist():
+                if entry["row"] == rows[0] and entry["image"] is not None:
+                    return min(224, *decode_image(entry["image"], max_pixels=run.config.max_pixels).shape[-2:])
+    raise ValueError(f"--run {run.uri}: no usable image in its shards")
+
+
+def _resolved(rule: GroupRule | None, run: Run, classes: list[str]) -> GroupRule | None:
+    if rule is None:
+        return None
+    if rule.by_class:
+        rule = dataclasses.replace(rule, num_classes=len(classes))
+    return rule.resolve(run)
+
+
+def _resampling(choices: Choices, rule: GroupRule | None, found: Any) -> Resampling | None:
+    if choices.sampler == "upsample":
+        # The hardest interval comes `factor` times, all others once.
+        per_class = rule.num_classes if rule.by_class else 1
+        ordinary = rule.num_groups - per_class
+        return Resampling(rule, (1,) * ordinary + (choices.upsample_factor,) * per_class)
+    if choices.sampler == "balanced":
+        counts = found.group_counts
+        return Resampling(rule, tuple((counts.sum() / (len(counts) * counts)).tolist()))
+    return None
+
+
+def _grouping(choices: Choices, groups: GroupRule | None, counts: np.ndarray | None) -> Grouping | None:
+    if groups is None:
+        return None
+    return Grouping(
+        groups, tuple(counts.tolist()), choices.group_method, choices.group_step_size, choices.group_adjustment
+    )
+
+
+def _weight_mean(weights: str | None, means: dict[str, float]) -> float:
+    if weights is None:
+        return 1.0
+    if not means[weights] > 0:
+        raise ValueError(f"--weights {weights}: their mean is {means[weights]}; weights must not be negative or all 0")
+    return means[weights]
+
+
+def _evaluations(
+    run: Run,
+    eval_run: Run | None,
+    source: Source,
+    groups: GroupRule | None,
+    bins: GroupRule | None,
+    holdout: float,
+    num_classes: int,
+) -> tuple[Evaluation, ...]:
+    """Held-out samples first, where there are any: they decide the best epoch. The evaluation run is reported."""
+    found = []
+    bins = None if bins is None or not _has(run, bins.column) else bins.resolve(run)
+    if holdout:
+        found.append(_evaluation("holdout", run, source, groups, bins, num_classes, part="holdout"))
+    if eval_run is not None:
+        found.append(_evaluation("eval", eval_run, Source.of(
+            eval_run, input=source.input, image_size=source.image_size), groups, bins, num_classes, part="all"))  # fmt: skip
+    if not found:
+        raise ValueError("--holdout 0: nothing is left to evaluate on; give --eval-run, or hold out a share")
+    return tuple(found)
+
+
+def _evaluation(
+    name: str, run: Run, source: Source, groups: GroupRule | None, bins: GroupRule | None, num_classes: int, part: str
+) -> Evaluation:
+    """Groups and bins whose column this run lacks are left out."""
+    groups = groups if groups is not None and _has(run, groups.column) else None
+    bins = bins if bins is not None and _has(run, bins.column) else None
+    wanted = tuple(dict.fromkeys(rule.column for rule in (groups, bins) if rule is not None))
+    source = dataclasses.replace(source, columns=wanted, part=part)
+    try:
+        counts = survey(source, num_classes).counts
+    except ValueError as error:
+        if part != "holdout":
+            raise
+        raise ValueError(f"--holdout {source.holdout}: {error}") from None
+    return Evaluation(name, source, counts, groups, bins)
+
+
+def _has(run: Run, column: str) -> bool:
+    group, name = columns.split_name(column)
+    facts = columns.all_facts(run.uri, group, len(run.shards))
+    return all(facts) and name in columns.schema(run.uri, group).names
+
+
+def _check_shards_unchanged(run: Run) -> None:
+    for shard in run.shards:
+        filesystem, path = storage.open_filesystem(shard.url)
+        info = filesystem.get_file_info(path)
+        if not info.is_file:
+            raise ValueError(f"shard {shard.url}: it is not there any more, and --input images reads it")
+        if shard.size and info.size != shard.size:
+            raise ValueError(
+                f"shard {shard.url}: has {info.size} bytes, {shard.size} when it was embedded; embed it again"
+            )
+
+
+def _lineage(
+    run: Run, eval_run: Run | None, loss: LossChoice, recipe: Recipe, choices: Choices, wanted: tuple[str, ...]
+) -> dict[str, Any]:
+    """What the classifier was made from; `source` is the hash that decides whether a training is the same one."""
+    sources = {columns.EMBEDDINGS: _sources(run, columns.EMBEDDINGS)}
+    sources |= {name: _sources(run, columns.split_name(name)[0]) for name in wanted}
+    evaluated = None if eval_run is None else (eval_run.uri, _sources(eval_run, columns.EMBEDDINGS))
+    config = {
+        "loss": dataclasses.asdict(loss),
+        "recipe": dataclasses.asdict(recipe),
+        "choices": dataclasses.asdict(choices),
+    }
+    return {
+        "run": run.uri,
+        "eval_run": None if eval_run is None else eval_run.uri,
+        "encoder": run.config.encoder,
+        "config": config,
+        "source": fingerprint("train", sources, evaluated, json.loads(json.dumps(config))),
+    }
+
+
+def _sources(run: Run, group: str) -> list[str]:
+    return [fact["source"] if fact else "" for fact in columns.all_facts(run.uri, group, len(run.shards))]
+
+
+@dataclasses.dataclass(frozen=True)
+class Workers:
+    """Ray Train's workers; none of it changes a result but the order of sums."""
+
+    count: int = 1
+    device: str = "cpu"
+    max_failures: int = 2
+
+
+def train(
+    plan: Plan, workers: Workers, log: Log | None = None, watch: Callable[[dict], None] | None = None
+) -> dict[str, Any]:
+    """Run a plan on Ray Train; goes on where an earlier attempt in the same folder stopped.
+
+    Parameters
+    ----------
+    log : callable
+        `log(metrics, epoch)`, called in rank 0's process: it must be picklable.
+    watch : callable
+        Called in this process with each new epoch's entry of the curve.
+
+    Returns
+    -------
+    result : dict
+        `curve`, `best` (epoch, from 0), `history` (2, N).
+
+    Raises
+    ------
+    StageFailed
+        If the workers failed more than `max_failures` times. What is saved stays; the same call goes on from there.
+    """
+    before = read_state(plan.state_path)
+    if before is not None and is_done(plan.recipe, before["epoch"], before["best"]):
+        return finished(plan)
+    cpus = ray.cluster_resources().get("CPU", 1)
+    share = max(1, int(cpus // workers.count)) if cpus >= workers.count else 0.9 * cpus / workers.count
+    trainer = ray.train.torch.TorchTrainer(
+        functools.partial(_work, device=workers.device),
+        train_loop_config={"plan": plan, "log": log},
+        torch_config=ray.train.torch.TorchConfig(backend="nccl" if workers.device == "cuda" else "gloo"),
+        scaling_config=ScalingConfig(
+            num_workers=workers.count, use_gpu=workers.device == "cuda", resources_per_worker={"CPU": share}
+        ),
+        run_config=RunConfig(
+            name=".ray", storage_path=plan.out, failure_config=FailureConfig(max_failures=workers.max_failures)
+        ),
+    )
+    follower = Follower(plan.out, watch)
+    try:
+        trainer.fit()
+    except TrainingFailedError as error:
+        raise _failure(error, plan) from error
+    finally:
+        follower.close()
+    storage.remove_tree(storage.join(plan.out, ".ray"))
+    return finished(plan)
+
+
+def finished(plan: Plan) -> dict[str, Any]:
+    """What a training in `plan.out` came to so far."""
+    state = read_state(plan.state_path)
+    return {name: state[name] for name in ("curve", "best", "history")}
+
+
+def _work(config: dict[str, Any], device: str) -> None:
+    """Ray Train worker."""
+    context = ray.train.get_context()
+    where = str(ray.train.torch.get_device()) if device == "cuda" else "cpu"
+    place = Workplace(context.get_world_rank(), context.get_world_size(), where)
+    report = functools.partial(_report, world=place.world)
+    train_classifier(config["plan"], place, config["log"], report)
+
+
+def _report(metrics: dict[str, float], epoch: int, world: int) -> None:
+    """Every rank must report; the report is also what keeps ranks together."""
+    ray.train.report({"epoch": epoch} | metrics)
+
+
+class Follower:
+    """A thread that hands each new entry of a training's curve to `watch`."""
+
+    def __init__(self, out: str, watch: Callable[[dict], None] | None, interval_s: float = 1.0):
+        self.path, self.watch, self.interval_s = storage.join(out, "curve.json"), watch, interval_s
+        self.seen = len(read_json(self.path) or [])
+        self.stop = threading.Event()
+        self.thread = threading.Thread(target=self._follow, daemon=True, name="follow")
+        self.thread.start()
+
+    def close(self) -> None:
+        """Hand over what is left, and stop."""
+        self.stop.set()
+        self.thread.join()
+
+    def _follow(self) -> None:
+        while not self.stop.wait(self.interval_s):
+            self._look()
+        self._look()
+
+    def _look(self) -> None:
+        if self.watch is None:
+            return
+        curve = read_json(self.path) or []
+        for epoch in range(self.seen, len(curve)):
+            self.watch({"epoch": epoch} | curve[epoch])
+        self.seen = max(self.seen, len(curve))
+
+
+def _failure(error: TrainingFailedError, plan: Plan) -> Exception:
+    """The first worker's own error, if it is the user's mistake or says what failed; else a StageFailed around it."""
+    failures = getattr(error, "worker_failures", None) or {}
+    causes = [_unwrapped(cause) for _, cause in sorted(failures.items())] or [error]
+    first = next((cause for cause in causes if isinstance(cause, StageFailed)), causes[0])
+    kept = f"the last saved epoch is kept in {plan.out}" if storage.exists(plan.state_path) else "no epoch was finished"
+    lines = [line for line in str(first).strip().splitlines() if line.strip()]
+    return StageFailed(
+        f"train: {type(first).__name__}: {lines[-1][:300] if lines else 'no message'}; {kept}, the same command goes on from there"
+    )
+
+
+def _unwrapped(error: BaseException) -> BaseException:
+    while (inner := getattr(error, "cause", None) or getattr(error, "_base_exc", None)) is not None:
+        error = inner
+    return error
+
+
+def write_correctness(run: Run, plan: Plan, history: Any, group: str = CORRECTNESS) -> None:
+    """Write how often each training sample was right as a column group; samples held out are there with null.
+
+    The frequency over training epochs, each sample judged as it was trained on (augmented, dropout on): Moon et al. 2020.
+    """
+    right, seen = (part.numpy() for part in history)
+    first = np.concatenate([[0], np.cumsum(plan.counts)])
+    items = [
+        (shard, right[first[shard] : first[shard + 1]], seen[first[shard] : first[shard + 1]])
+        for shard in range(len(plan.counts))
+    ]
+    for _ in in_order(_write_correctness, items, plan.source, group, plan.lineage["source"]):
+        pass
+    entry = {"source": plan.lineage["source"], "out": plan.out, "epochs": int(seen.max())}
+    run.finish_stage(group, **entry)
+
+
+def _write_correctness(
+    shard: int, right: np.ndarray, seen: np.ndarray, source: Source, group: str, made_from: str
+) -> None:
+    """Ray task: one shard's file."""
+    table = columns.read(source.run_uri, columns.EMBEDDINGS, shard, ["key", "shard", "row"])
+    at = np.searchsorted(table["row"].to_numpy(), source.keys(shard)["row"].to_numpy())
+    fraction, epochs = np.full(table.num_rows, np.nan, np.float32), np.zeros(table.num_rows, np.int32)
+    fraction[at] = right / np.maximum(seen, 1)
+    epochs[at] = seen
+    table = table.append_column("correctness", pa.array(fraction, mask=epochs == 0))
+    table = table.append_column("epochs", pa.array(epochs))
+    columns.write(source.run_uri, group, shard, table.cast(CORRECTNESS_SCHEMA), made_from)

@@ -1,0 +1,313 @@
+"""Shards as a stream of tables, through Ray and without, over a storage that fails; subsets written and read back."""
+
+import builtins
+import functools
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import tarfile
+from pathlib import Path
+
+import fsspec
+import pyarrow as pa
+import pytest
+import webdataset
+from fsspec.implementations.local import LocalFileSystem
+
+from pipelines import storage
+from pipelines.corpus import shards
+from pipelines.corpus.samples import LabelSource
+from pipelines.corpus.shards import (
+    SAMPLES,
+    Shard,
+    ShardChanged,
+    ShardSource,
+    expand_shards,
+    read_images,
+    read_shard,
+    read_shards,
+    write_subset_shard,
+)
+from pipelines.corpus.tarstream import StorageError
+
+CLS = LabelSource("cls")
+
+
+def sample(i):
+    return f"{i:04d}", {"jpg": bytes([i % 251]) * (100 + 37 * i), "cls": b"%d" % (i % 7), "txt": b"text %d" % i}
+
+
+def table_of(shard, number=0, labels=CLS, **options):
+    return pa.concat_tables(read_shard(number, shard, labels, **options))
+
+
+def end_of(table):
+    return json.loads(table["end"][-1].as_py())
+
+
+def without_end(table):
+    return table.slice(0, table.num_rows - 1)
+
+
+@pytest.fixture
+def shard(tmp_path, make_shard):
+    return expand_shards(make_shard(tmp_path / "s.tar", map(sample, range(100))))[0]
+
+
+def test_rows_and_the_end(shard):
+    table = table_of(shard, number=3)
+    assert table.schema == SAMPLES
+    end, rows = end_of(table), without_end(table).to_pylist()
+    assert end | {"seconds": 0} == {
+        "samples": 100, "left_out": 0, "ignored": 0, "entries": 100, "bytes": shard.size, "seconds": 0,
+        "digest": hashlib.sha256(Path(shard.url).read_bytes()).hexdigest(),
+    }  # fmt: skip
+    assert end["seconds"] > 0 and end["digest"] == shards.shard_digest(shard.url)
+    for i, row in enumerate(rows):
+        key, parts = sample(i)
+        assert row == {
+            "shard": 3, "position": i, "row": i, "key": key, "label": i % 7, "image": parts["jpg"], "reason": None,
+            "member": f"{key}.jpg", "end": None,
+        }  # fmt: skip
+    assert table["position"].to_pylist() == list(range(101))
+
+
+@pytest.mark.parametrize("block_bytes", [1, 5_000, 50_000, 1 << 24])
+def test_blocks_hold_the_same_rows_and_are_bounded(shard, block_bytes):
+    tables = list(read_shard(0, shard, CLS, block_bytes=block_bytes))
+    assert without_end(pa.concat_tables(tables)) == without_end(table_of(shard))
+    largest = max(len(sample(i)[1]["jpg"]) for i in range(100)) + 256
+    assert all(t["image"].nbytes <= block_bytes + largest + 8 * (t.num_rows + 1) for t in tables)
+    assert [t["end"].null_count for t in tables] == [t.num_rows for t in tables[:-1]] + [tables[-1].num_rows - 1]
+
+
+def test_an_empty_tar_and_damaged_ones(tmp_path, make_shard, shard):
+    data = Path(shard.url).read_bytes()
+    cases = {
+        make_shard(tmp_path / "none.tar"): (0, 0),
+        "empty.tar": (b"", 1),
+        "html.tar": (b"<html>" * 300, 1),
+        "cut.tar": (data[: len(data) // 2], 1),
+    }
+    for name, (content, left_out) in cases.items():
+        path = tmp_path / name
+        if content != 0:
+            path.write_bytes(content)
+        table = table_of(expand_shards(str(path))[0])
+        end, last = end_of(table), table.slice(max(0, table.num_rows - 2), 1).to_pylist()[0]
+        assert (end["left_out"], end["entries"]) == (left_out, end["samples"] + left_out), name
+        assert end["digest"] == hashlib.sha256(path.read_bytes()).hexdigest()
+        if left_out:
+            assert last["row"] is None and last["key"] is None and "byte" in last["reason"]
+    assert 40 < end["samples"] < 90
+
+
+class Flaky(LocalFileSystem):
+    """A local disk whose reads fail at set bytes, once each; or always."""
+
+    protocol = "flaky"
+    fail_at: builtins.list[int] = []  # noqa: RUF012
+    always = False
+    opened = 0
+
+    def _open(self, path, mode="rb", **options):
+        type(self).opened += 1
+        file = super()._open(path, mode, **options)
+        read = file.read
+
+        def read_or_fail(size=-1):
+            here = file.tell()
+            if self.always or (self.fail_at and here >= self.fail_at[0]):
+                if not self.always:
+                    self.fail_at.pop(0)
+                raise ConnectionError(f"connection lost at {here}")
+            return read(size)
+
+        file.read = read_or_fail
+        return file
+
+    @classmethod
+    def _strip_protocol(cls, path):
+        return LocalFileSystem._strip_protocol(str(path).removeprefix("flaky://"))
+
+
+@pytest.fixture
+def flaky(shard, monkeypatch):
+    fsspec.register_implementation("flaky", Flaky, clobber=True)
+    monkeypatch.setattr(shards, "BACKOFF_S", 0.001)
+    monkeypatch.setattr(shards, "CHUNK_BYTES", 4096)
+    Flaky.fail_at, Flaky.always, Flaky.opened = [], False, 0
+    return Shard("flaky://" + shard.url, shard.size, shard.mtime_ns)
+
+
+def test_a_storage_error_is_tried_again_after_the_rows_already_given(shard, flaky):
+    expected = [without_end(t) if t["end"].null_count < t.num_rows else t for t in read_shard(0, shard, CLS, 10_000)]
+    for positions in ([0], [shard.size // 2], [1000, 50_000, 150_000], [shard.size]):
+        Flaky.fail_at, Flaky.opened = list(positions), 0
+        tables = list(read_shard(0, flaky, CLS, 10_000))
+        assert Flaky.opened == len(positions) + 1 and not Flaky.fail_at
+        assert end_of(tables[-1])["digest"] == shards.shard_digest(shard.url)
+        assert [*tables[:-1], without_end(tables[-1])] == expected
+
+
+def test_a_storage_error_that_stays_fails_and_names_the_shard(flaky):
+    Flaky.always = True
+    with pytest.raises(StorageError, match=r"s\.tar: gave up after 4 tries: .*connection lost"):
+        list(read_shard(0, flaky, CLS))
+    assert Flaky.opened == shards.TRIES
+
+
+def test_a_shard_that_vanished_or_was_cut_since_it_was_listed_fails(shard, monkeypatch):
+    monkeypatch.setattr(shards, "BACKOFF_S", 0.001)
+    os.truncate(shard.url, shard.size // 2)
+    with pytest.raises(StorageError, match=f"instead of {shard.size}"):
+        list(read_shard(0, shard, CLS))
+    os.unlink(shard.url)
+    with pytest.raises(StorageError, match="not there any more"):
+        list(read_shard(0, shard, CLS))
+
+
+def test_through_ray_equals_reading_alone(ray_session, tmp_path, make_shard):
+    for number, count in enumerate((70, 1, 40)):
+        make_shard(tmp_path / f"{number}.tar", map(sample, range(count)))
+    pending = [(number + 5, found) for number, found in enumerate(expand_shards(str(tmp_path)))]
+    dataset = read_shards(pending, CLS, block_bytes=20_000)
+    blocks = [b for b in dataset.iter_batches(batch_size=None, batch_format="pyarrow") if b.num_rows]
+    table = pa.concat_tables(blocks).cast(SAMPLES)
+    assert len(blocks) > 3
+    for number, found in pending:
+        mine = table.filter(pa.compute.equal(table["shard"], number)).sort_by("position")
+        assert without_end(mine) == without_end(table_of(found, number))
+        assert end_of(mine)["entries"] == mine.num_rows - 1
+    context = ray_session.data.DataContext.get_current()
+    assert context.target_max_block_size != 20_000, "the caller's settings must stay"
+
+
+def killed_once(number, shard, marker):
+    """Reads, but the first process to come to its third table dies there as by kill -9."""
+    for index, table in enumerate(read_shard(number, shard, CLS, 10_000)):
+        if index == 2 and not os.path.exists(marker):
+            Path(marker).touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        yield table
+
+
+def test_through_ray_a_killed_reader_loses_and_doubles_nothing(ray_session, tmp_path, shard):
+    source = ShardSource([(0, shard)], functools.partial(killed_once, marker=str(tmp_path / "killed")))
+    dataset = ray_session.data.read_datasource(source, override_num_blocks=1, num_cpus=0.25)
+    table = pa.concat_tables(dataset.iter_batches(batch_size=None, batch_format="pyarrow")).cast(SAMPLES)
+    assert os.path.exists(tmp_path / "killed")
+    assert without_end(table) == without_end(table_of(shard))
+
+
+def test_through_ray_nothing_pending(ray_session):
+    assert read_shards([], CLS).count() == 0
+
+
+def test_through_ray_from_s3(ray_session, s3_folder, shard):
+    with storage.write_atomic(storage.join(s3_folder, "s.tar")) as file:
+        file.write(Path(shard.url).read_bytes())
+    (remote,) = expand_shards(s3_folder)
+    table = pa.concat_tables(read_shards([(0, remote)], CLS).iter_batches(batch_size=None, batch_format="pyarrow"))
+    assert without_end(table.cast(SAMPLES)) == without_end(table_of(shard))
+    written = write_subset_shard([(remote, 0, [1, 50])], storage.join(s3_folder, "subset.tar"))
+    assert [w.row for w in written] == [1, 50]
+    assert storage.read_bytes(storage.join(s3_folder, "subset.tar"))[:8] == b"0001.jpg"
+
+
+def test_subset_is_read_by_webdataset_tarfile_and_tar(tmp_path, make_shard):
+    keys = ["plain", "dir/" * 40 + "x", "n" * 120, "bär"]
+    source = make_shard(tmp_path / "s.tar", [(k, {"JPG": k.encode() * 300, "cls": b"1", "json": b"{}"}) for k in keys])
+    out = tmp_path / "o.tar"
+    written = write_subset_shard([(expand_shards(source)[0], 0, [0, 1, 3])], str(out))
+    chosen = [keys[0], keys[1], keys[3]]
+    assert [(w.row, w.key, w.source_key) for w in written] == [(r, k, k) for r, k in zip((0, 1, 3), chosen)]
+    assert [w.sha256 for w in written] == [hashlib.sha256(k.encode() * 300).hexdigest() for k in chosen]
+    found = list(webdataset.WebDataset(str(out), shardshuffle=False))
+    assert [(s["__key__"], s["jpg"], s["cls"], s["json"]) for s in found] == [
+        (k, k.encode() * 300, b"1", b"{}") for k in chosen
+    ]
+    with tarfile.open(out) as tar:
+        assert [m.name for m in tar] == [f"{k}.{s}" for k in chosen for s in ("JPG", "cls", "json")]
+        assert {(m.mtime, m.uid, m.gid, m.mode, m.uname) for m in tar} == {(0, 0, 0, 0o644, "")}
+    subprocess.run(["tar", "-tf", str(out)], check=True, capture_output=True)
+    assert end_of(table_of(expand_shards(str(out))[0]))["left_out"] == 0
+
+
+def test_subset_of_several_shards_has_unique_keys_and_the_same_bytes_each_time(tmp_path, make_shard):
+    for name in ("0.tar", "1.tar"):
+        make_shard(tmp_path / name, [("d/a", {"jpg": name.encode()}), ("b", {"jpg": b"b" + name.encode()})])
+    first, second = expand_shards(str(tmp_path))
+    sources = [(first, 0, [0, 1]), (second, 1, [0])]
+    for out in ("x.tar", "y.tar"):
+        written = write_subset_shard(sources, str(tmp_path / out))
+    assert [(w.shard, w.row, w.key) for w in written] == [(0, 0, "d/a"), (0, 1, "b"), (1, 0, "d/000001_a")]
+    assert (tmp_path / "x.tar").read_bytes() == (tmp_path / "y.tar").read_bytes()
+    found = {s["__key__"]: s["jpg"] for s in webdataset.WebDataset(str(tmp_path / "x.tar"), shardshuffle=False)}
+    assert found == {"d/a": b"0.tar", "b": b"b0.tar", "d/000001_a": b"1.tar"}
+
+
+def test_subset_of_a_damaged_shard_takes_what_was_whole(tmp_path, shard, make_shard):
+    data = Path(shard.url).read_bytes()
+    with tarfile.open(shard.url) as tar:
+        end = tar.getmember("0050.txt").offset_data + 512
+    (tmp_path / "cut.tar").write_bytes(data[:end])
+    cut = expand_shards(str(tmp_path / "cut.tar"))[0]
+    assert end_of(table_of(cut))["samples"] == 51
+    assert len(write_subset_shard([(cut, 0, [3, 50])], str(tmp_path / "o.tar"))) == 2
+    with pytest.raises(ShardChanged, match="no image of row 51 any more: truncated"):
+        write_subset_shard([(cut, 0, [3, 51])], str(tmp_path / "p.tar"))
+    assert not (tmp_path / "p.tar").exists()
+
+
+def test_subset_storage_errors_are_tried_again(tmp_path, flaky):
+    Flaky.fail_at = [1000, 100_000]
+    written = write_subset_shard([(flaky, 0, [0, 99])], str(tmp_path / "o.tar"))
+    assert [w.row for w in written] == [0, 99] and Flaky.opened == 3
+    assert len(list(webdataset.WebDataset(str(tmp_path / "o.tar"), shardshuffle=False))) == 2
+
+
+def test_rows_of_the_reader_are_rows_of_the_writer(tmp_path, make_shard):
+    """Also with everything that is left out in between."""
+    members = [
+        ("a.jpg", b"1"), ("a.jpg", b"2"), ("README", b""), ("../b.jpg", b"3"), ("c.cls", b"4"), ("d.jpg", b"5"),
+        ("d.txt", b"6"), ("a.png", b"7"), ("e.png", b"8"),
+    ]  # fmt: skip
+    source = expand_shards(make_shard(tmp_path / "s.tar", members=members))[0]
+    rows = without_end(table_of(source, labels=LabelSource("none"))).to_pylist()
+    kept = [row for row in rows if row["reason"] is None]
+    assert [row["key"] for row in kept] == ["a", "d", "e"]
+    written = write_subset_shard([(source, 0, [row["row"] for row in kept])], str(tmp_path / "o.tar"))
+    assert [w.sha256 for w in written] == [hashlib.sha256(row["image"]).hexdigest() for row in kept]
+    with tarfile.open(tmp_path / "o.tar") as tar:
+        assert [m.name for m in tar] == ["a.jpg", "d.jpg", "d.txt", "e.png"]
+
+
+def test_images_of_chosen_rows(shard, flaky):
+    expected = [(row, sample(row)[1]["jpg"]) for row in (0, 7, 99)]
+    assert read_images(shard, [99, 0, 7]) == expected
+    Flaky.fail_at = [100_000]
+    assert read_images(flaky, [99, 0, 7]) == expected and Flaky.opened == 2
+    Flaky.opened = 0
+    with pytest.raises(ShardChanged, match="no image of row 100 any more: it ends before"):
+        read_images(flaky, [5, 100])
+    assert Flaky.opened == 1
+    assert read_images(shard, []) == []
+
+
+def test_nothing_is_unpickled_run_or_written(tmp_path, make_shard, monkeypatch):
+    import pickle
+
+    class Bomb:
+        def __reduce__(self):
+            return (os.mkdir, (str(tmp_path / "boom"),))
+
+    bomb = pickle.dumps(Bomb())
+    parts = {"jpg": bomb, "cls": b"1", "pkl": bomb, "pyd": bomb, "pt": bomb}
+    members = [(f"../escape.{suffix}", data) for suffix, data in parts.items()]
+    source = make_shard(tmp_path / "in" / "s.tar", [("a", parts)], members=members)
+    before = sorted(os.listdir(tmp_path))
+    table_of(expand_shards(source)[0])
+    assert sorted(os.listdir(tmp_path)) == before and os.listdir(tmp_path / "in") == ["s.tar"]

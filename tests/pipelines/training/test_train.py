@@ -1,0 +1,253 @@
+"""Training: it learns, goes on after a stop as if there had been none, and treats weights and groups as it says."""
+
+import dataclasses
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+
+from ops.losses import LOSSES
+from ops.models import load_classifier
+from pipelines import columns
+from pipelines.run import StageFailed
+from pipelines.training.checkpoints import read_classifier
+from pipelines.training.groups import GroupRule
+from pipelines.training.loop import Recipe, lr_factor, train_classifier
+from pipelines.training.objective import Grouping, LossChoice, Objective
+from pipelines.training.train import Choices, Workers, plan_training, train, write_correctness
+from tests.pipelines.synthetic import make_run
+
+CE = LossChoice()
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A run with difficulty/ (rmd random, weight = sigmoid of it), and another one over other shards to evaluate on."""
+    folder = tmp_path_factory.mktemp("train")
+    made = []
+    for number in range(2):
+        run, _, _ = make_run(folder / str(number), (40, 25, 35), seed=0)
+        for shard in range(3):
+            table = columns.read(run.uri, "embeddings", shard, ["key", "shard", "row"])
+            rmd = np.random.default_rng([number, shard]).normal(size=table.num_rows).astype(np.float32)
+            table = table.append_column("rmd", pa.array(rmd)).append_column("weight", pa.array(1 / (1 + np.exp(-rmd))))
+            columns.write(run.uri, "difficulty", shard, table, "by hand")
+        made.append(run)
+    return made
+
+
+@pytest.fixture(scope="module")
+def plans(runs, ray_session, tmp_path_factory):
+    """plan(name, loss=…, recipe values…, choices={…}) in a folder of that name."""
+    root = tmp_path_factory.mktemp("out")
+
+    def plan(name, loss=CE, choices=None, eval_run=None, **recipe):
+        recipe = {"epochs": 4, "batch_size": 20, "lr": 0.05} | recipe
+        return plan_training(runs[0], str(root / name), loss, Recipe(**recipe), Choices(**(choices or {})), eval_run)
+
+    return plan
+
+
+def weights_of(folder):
+    return load_classifier(folder).state_dict()
+
+
+def assert_same_weights(a, b, **tolerance):
+    ours, theirs = weights_of(a), weights_of(b)
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        np.testing.assert_allclose(ours[name], theirs[name], err_msg=name, **tolerance)
+
+
+def test_a_head_learns_and_says_how_well(plans, runs):
+    lines = []
+    plan = plans(
+        "learn", eval_run=runs[1], choices={"holdout": 0.0, "bins": GroupRule.parse("difficulty.rmd:q2")}, epochs=15
+    )
+    result = train_classifier(plan, log=lambda metrics, step: lines.append((step, metrics)))
+    last = result["curve"][-1]["eval"]
+    assert last["accuracy"] > 0.8 > result["curve"][0]["train_accuracy"] and last["nll"] < 0.7
+    assert [step for step, _ in lines] == list(range(1, 16)) and lines[-1][1]["eval.accuracy"] == last["accuracy"]
+    assert sum(part["samples"] for part in last["bins"]) == last["samples"] == 100
+    best = load_classifier(plan.out)
+    assert best.extra["epoch"] == result["best"] and best.spec.encoder_fingerprint == "0"
+    assert torch.equal(read_classifier(plan.out + "/best").last.weight, best.last.weight)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {},
+        {"optimizer": "sgd", "schedule": "cosine", "ema": 0.9},
+        {"choices": {"groups": GroupRule.parse("difficulty.rmd:0")}},
+    ],
+)
+def test_going_on_after_a_stop_gives_the_same_weights(plans, values):
+    plans_ = [plans(f"{name}{len(str(values))}", **values) for name in ("whole", "parts")]
+    train_classifier(plans_[0])
+
+    class Stop(Exception):
+        pass
+
+    def stop(metrics, epoch):
+        if epoch in (1, 2):
+            raise Stop
+
+    for _ in range(2):
+        with pytest.raises(Stop):
+            train_classifier(plans_[1], after_epoch=stop)
+    result = train_classifier(plans_[1])
+    assert len(result["curve"]) == 4
+    assert_same_weights(plans_[0].out + "/last", plans_[1].out + "/last", atol=0)
+
+
+def test_accumulation_does_not_change_the_step(plans):
+    for name, pieces in (("one", 1), ("four", 4)):
+        train_classifier(plans(name, accumulate=pieces))
+    last = [plans(name).out + "/last" for name in ("one", "four")]
+    assert_same_weights(*last, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", [name for name in LOSSES if len(name) > 4])
+def test_every_loss_trains(plans, name):
+    choice = LossChoice.parse(name, [])
+    weights = {"weights": "difficulty.weight"} if choice.argument == "weight" else {}
+    result = train_classifier(plans(f"loss-{name}", choice, weights, epochs=2))
+    assert np.isfinite(result["curve"][-1]["train_loss"])
+
+
+@pytest.mark.parametrize(
+    "name, words",
+    [
+        ("nothing", []),
+        ("focal", ["alpha=1"]),
+        ("focal", ["gamma=-1"]),
+        ("focal", ["gamma=x"]),
+        ("focal", ["gamma"]),
+        ("aurc", ["csf=odd"]),
+    ],
+)
+def test_a_loss_or_parameter_that_is_not_known(name, words):
+    with pytest.raises(ValueError, match="--loss"):
+        LossChoice.parse(name, words)
+
+
+def test_weights_multiply_other_losses_with_mean_one():
+    logits, labels = torch.randn(6, 3, requires_grad=True), torch.randint(0, 3, (6,))
+    weight = torch.tensor([0.0, 1, 2, 3, 4, 5])
+    weighted = Objective(CE, "w", weight_mean=2.5)(logits, labels, {"w": weight})
+    naive = (torch.nn.functional.cross_entropy(logits, labels, reduction="none") * weight / 2.5).mean()
+    np.testing.assert_allclose(weighted.item(), naive.item(), rtol=1e-6)
+    own = Objective(LossChoice("difficulty_entropy", {"alpha": 0.5}), "w", 2.5)(logits, labels, {"w": weight})
+    direct = LOSSES["difficulty_entropy"](logits, labels, weight, 0.5).mean()
+    np.testing.assert_allclose(own.item(), direct.item(), rtol=1e-6)
+
+
+def test_reweighting_counts_groups_equally():
+    rule = GroupRule("x.y", (0.0,))
+    logits, labels = torch.randn(10, 3), torch.randint(0, 3, (10,))
+    values = {"x.y": torch.tensor([-1.0] * 8 + [1.0] * 2)}
+    losses = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
+    mine = Objective(CE, grouping=Grouping(rule, (8, 2), "reweight"))(logits, labels, values)
+    np.testing.assert_allclose(mine, (losses[:8].mean() + losses[8:].mean()) / 2, rtol=1e-5)
+
+
+def test_correctness_is_the_frequency_of_being_right(plans, runs):
+    plan = plans("history", choices={"holdout": 0.3}, epochs=3)
+    result = train_classifier(plan)
+    write_correctness(runs[0], plan, result["history"])
+    table = pa.concat_tables(
+        [columns.join(runs[0].uri, s, ["correctness.correctness", "correctness.epochs"]) for s in range(3)]
+    )
+    seen = table["correctness.epochs"].to_numpy()
+    assert (
+        table.num_rows == 100
+        and set(seen) == {0, 3}
+        and table["correctness.correctness"].null_count == (seen == 0).sum()
+    )
+    trained = table["correctness.correctness"].drop_null().to_numpy()
+    mean = np.mean([epoch["train_accuracy"] for epoch in result["curve"]])
+    np.testing.assert_allclose(trained.mean(), mean, atol=1e-6)
+
+
+def test_images_train(plans):
+    choices = {"input": "images", "model": "cifar_resnet8", "image_size": 8}
+    plan = plans("images", choices=choices, epochs=1, augment="crop_flip", schedule="one_cycle", clip=1.0)
+    result = train_classifier(plan)
+    assert result["curve"][0]["holdout"]["samples"] + int(result["history"][1].sum()) == 100
+    assert plan.spec.image_size == 8 and load_classifier(plan.out).input == "images"
+
+
+def test_early_stop(plans):
+    result = train_classifier(plans("patience", epochs=50, patience=2, lr=1e-9))
+    assert len(result["curve"]) == 3 and result["best"] == 0
+
+
+def test_divergence_is_said(plans):
+    with pytest.raises(StageFailed, match="not finite"):
+        train_classifier(plans("diverge", epochs=30, optimizer="sgd", lr=1e38))
+
+
+@pytest.mark.parametrize("schedule", ["constant", "step", "cosine", "one_cycle"])
+def test_schedules_stay_within_their_peak(schedule):
+    factors = [lr_factor(Recipe(schedule=schedule, warmup=0.1), p) for p in np.linspace(0, 0.999, 200)]
+    assert min(factors) >= 0 and max(factors) == pytest.approx(1, abs=0.02)
+    assert schedule == "constant" or factors[-1] < 0.02
+
+
+def test_bad_choices_are_found_before_any_work(plans, runs, tmp_path):
+    other, _, _ = make_run(tmp_path / "a", (12, 8), dim=4, seed=3)
+    single, _, _ = make_run(tmp_path / "b", (12,), classes=1)
+    bad = {
+        "column": {"choices": {"weights": "difficulty.nothing"}},
+        "no confusion/": {"choices": {"groups": GroupRule.parse("confusion.confusion:5")}},
+        "no samples": {"choices": {"groups": GroupRule.parse("difficulty.rmd:1000")}},
+        "same encoder": {"eval_run": other},
+        "--model": {"choices": {"model": "resnet18"}},
+        "--lr": {"lr": 0.0},
+        "--upsample": {"choices": {"sampler": "upsample"}},
+        "--weights": {"loss": LossChoice("difficulty_entropy")},
+        "--holdout": {"choices": {"holdout": 0.0}},
+    }
+    for message, values in bad.items():
+        with pytest.raises(ValueError, match=message):
+            plans("bad", **values)
+    with pytest.raises(ValueError, match="one class only"):
+        plan_training(single, str(tmp_path), CE, Recipe(), Choices())
+
+
+def test_ray_trains_like_the_plain_loop(plans, ray_session):
+    rule = {"groups": GroupRule.parse("difficulty.rmd:0")}
+    plain, shared = plans("plain", choices=rule, epochs=3), plans("shared", choices=rule, epochs=3)
+    train_classifier(plain)
+    seen = []
+    result = train(shared, Workers(2, max_failures=0), watch=seen.append)
+    assert [entry["epoch"] for entry in seen] == [0, 1, 2]
+    # The order of the samples differs, so the numbers do, by noise.
+    assert result["curve"][-1]["group_weights"] == pytest.approx(
+        train_classifier(plain)["curve"][-1]["group_weights"], abs=0.05
+    )
+    assert int(result["history"][1].min()) == 3
+
+
+@pytest.mark.slow
+def test_a_killed_worker_is_replaced_and_the_training_goes_on(plans, ray_session, tmp_path):
+    plan = plans("killed", epochs=4)
+    result = train(plan, Workers(2, max_failures=2), log=KillOnce(str(tmp_path / "killed")))
+    assert len(result["curve"]) == 4 and (tmp_path / "killed").exists()
+
+
+@dataclasses.dataclass
+class KillOnce:
+    """A log that kills its process in the second epoch, the first time."""
+
+    mark: str
+
+    def __call__(self, metrics, epoch):
+        import os
+        import signal
+
+        if epoch == 2 and not os.path.exists(self.mark):
+            open(self.mark, "w").close()
+            os.kill(os.getpid(), signal.SIGKILL)
