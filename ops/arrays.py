@@ -5,6 +5,7 @@ a worker that fits or scores numpy arrays starts in a quarter of the time withou
 """
 
 import functools
+import inspect
 import sys
 from collections.abc import Callable
 from types import ModuleType
@@ -39,6 +40,11 @@ def import_cupy() -> ModuleType:
     return cupy
 
 
+def on_device(x: np.ndarray, device: str) -> Array:
+    """A numpy array where it is computed on: itself for "cpu", a cupy array of the same shape for "cuda"."""
+    return import_cupy().asarray(x) if device == "cuda" else x
+
+
 def as_ndarray(x: Array) -> Array:
     """`x` as an ndarray without a copy where that is possible: CPU tensors as numpy, CUDA tensors as cupy.
 
@@ -67,31 +73,39 @@ def like(result: Array, reference: Array) -> Array:
     return result
 
 
-def accepts_arrays(function: "Callable[..., torch.Tensor]") -> Callable[..., Array]:
-    """Let a function of tensors take numpy arrays too: if its first argument is no tensor, numpy comes back.
+def as_tensor(name: str, x: Any, device: "torch.device | None" = None) -> "torch.Tensor":
+    """`x`, an array or list of numbers of any shape, as a tensor of the same values; a copy where torch needs one.
 
-    Python numbers, strings and None pass through; dtypes are kept.
+    torch takes no array of negative strides or foreign byte order, and warns of one that is read-only, as Arrow's are. A list
+    goes by numpy: its floats become float64, not torch's default type. ValueError with `name` where `x` isn't numbers.
     """
+    import torch
+
+    if isinstance(x, torch.Tensor):
+        return x
+    array = np.asarray(x)
+    if array.dtype.kind not in "biufc":
+        raise ValueError(f"{name}: expected numbers, got dtype {array.dtype}")
+    array = np.require(array, array.dtype.newbyteorder("="), ("C", "W"))
+    return torch.as_tensor(array, device=device)
+
+
+def accepts_arrays(function: "Callable[..., torch.Tensor]") -> Callable[..., Array]:
+    """Let a function of tensors (n, …) take numpy arrays and lists too: if its first argument is no tensor, numpy comes back.
+
+    Arguments come by position or by name. Python numbers, strings and None pass through; dtypes are kept.
+    """
+    signature = inspect.signature(function)
 
     @functools.wraps(function)
-    def wrapper(first: Array, *args: Any, **kwargs: Any) -> Array:
-        import torch
-
-        if isinstance(first, torch.Tensor):
-            device = first.device
-            move = functools.partial(_as_tensor, device=device)
-            return function(first, *map(move, args), **{k: move(v) for k, v in kwargs.items()})
-        move = functools.partial(_as_tensor, device=torch.device("cpu"))
-        result = function(move(np.asarray(first)), *map(move, args), **{k: move(v) for k, v in kwargs.items()})
-        return result.detach().numpy()
+    def wrapper(*args: Any, **kwargs: Any) -> Array:
+        arguments = signature.bind(*args, **kwargs).arguments
+        name, first = next(iter(arguments.items()))
+        arguments[name] = as_tensor(name, first)
+        for other, x in arguments.items():
+            if isinstance(x, np.ndarray | list):
+                arguments[other] = as_tensor(other, x, arguments[name].device)
+        result = function(**arguments)
+        return result if is_tensor(first) else result.detach().numpy()
 
     return wrapper
-
-
-def _as_tensor(x: Any, device: "torch.device") -> Any:
-    if isinstance(x, np.ndarray | list):
-        import torch
-
-        # by numpy: a list of floats is then float64, not torch's default dtype
-        return torch.as_tensor(np.asarray(x), device=device)
-    return x

@@ -7,11 +7,10 @@ sample and statistic: N x K probabilities are never held.
 import numpy as np
 import torch
 
-from ops.arrays import Array, is_tensor, to_numpy
-from ops.checks import check_labels, check_shape
+from ops.arrays import Array, as_tensor, is_tensor, to_numpy
+from ops.checks import check_count, check_labels, check_probabilities, check_shape
 
 BLOCK_VALUES = 1 << 20  # float64 values per temporary, 8 MiB
-SUM_TOLERANCE = 0.01  # on a row's sum: rounding to bfloat16 moves it by up to 0.004
 
 
 class ConfusionScore:
@@ -30,8 +29,7 @@ class ConfusionScore:
     """
 
     def __init__(self, num_samples: int):
-        if num_samples < 1:
-            raise ValueError(f"num_samples: must be positive, got {num_samples}")
+        check_count("num_samples", num_samples)
         self.num_samples = int(num_samples)
         self._epochs = np.zeros(self.num_samples, np.int64)
         self._mean = np.zeros(self.num_samples)
@@ -58,12 +56,13 @@ class ConfusionScore:
         -----
         Memory beyond the input: blocks of 8 MiB, taken where `probs` is.
         """
-        check_shape("probs", probs, ("M", "n", "K"))
+        tensor = as_tensor("probs", probs)
+        check_shape("probs", tensor, ("M", "n", "K"))
         rows = to_numpy(rows)
-        check_labels("rows", rows, probs.shape[1], self.num_samples)
+        check_labels("rows", rows, tensor.shape[1], self.num_samples)
         if len(np.unique(rows)) != len(rows):
             raise ValueError(f"rows: {len(rows) - len(np.unique(rows))} of {len(rows)} are given twice in one epoch")
-        entropy = entropy_of_mean(probs)
+        entropy = entropy_of_mean(tensor)
         self._device = probs.device if is_tensor(probs) else None
         self._epochs[rows] += 1
         step = entropy - self._mean[rows]
@@ -146,10 +145,8 @@ def entropy_of_mean(probs: Array) -> np.ndarray:
     -----
     Albiero et al. 2023, eq. 1 and 2. Averages before the entropy: the mean of the members' entropies is smaller.
     """
-    check_shape("probs", probs, ("M", "n", "K"))
-    tensor = (
-        probs.detach() if is_tensor(probs) else torch.as_tensor(np.asarray(probs) if isinstance(probs, list) else probs)
-    )
+    tensor = as_tensor("probs", probs).detach()
+    check_shape("probs", tensor, ("M", "n", "K"))
     step = max(1, BLOCK_VALUES // tensor.shape[2])
     blocks = [_block_entropy(tensor[:, start : start + step]) for start in range(0, tensor.shape[1], step)]
     return torch.cat(blocks).cpu().numpy()
@@ -159,16 +156,7 @@ def _block_entropy(probs: torch.Tensor) -> torch.Tensor:
     mean = torch.zeros(probs.shape[1:], dtype=torch.float64, device=probs.device)
     for member in probs:
         member = member.double()
-        _check_probabilities(member)
+        check_probabilities("probs", member)
         mean += member
     mean /= len(probs)
     return torch.special.entr(mean).sum(dim=1).clamp_(min=0) / np.log(2)
-
-
-def _check_probabilities(member: torch.Tensor) -> None:
-    """By extremes, which NaN reaches too."""
-    low, high, off = float(member.min()), float(member.max()), float((member.sum(dim=1) - 1).abs().max())
-    if not (low >= 0 and high <= 1 + 1e-6):
-        raise ValueError(f"probs: must lie in [0, 1] and not be NaN, found {low:g} to {high:g} (logits?)")
-    if not off <= SUM_TOLERANCE:
-        raise ValueError(f"probs: each row must sum to 1, one is off by {off:.3g}")

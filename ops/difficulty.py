@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from ops.arrays import Array, as_ndarray, is_tensor, like, namespace, to_numpy
-from ops.checks import check_choice, check_matrix, check_range, check_vector
+from ops.checks import check_choice, check_count, check_matrix, check_range, check_vector
 
 SCALES = ("none", "per_dim", "standardize", "minmax")
 MINIBATCH_ROWS = 100_000  # from here on Lloyd's full passes cost more than they gain
@@ -90,8 +90,10 @@ def _check_parameters(temperature: float, c: float, scale: str, dim: int | None)
     check_range("temperature", temperature, 0.0, float("inf"), open_low=True)
     check_range("c", c, 0.0, float("inf"))
     check_choice("scale", scale, SCALES)
-    if scale == "per_dim" and (dim is None or dim < 1):
-        raise ValueError(f"dim: scale 'per_dim' needs the width of the features, a positive integer, got {dim}")
+    if scale == "per_dim" and dim is None:
+        raise ValueError("dim: scale 'per_dim' needs the width of the features")
+    if scale == "per_dim":
+        check_count("dim", dim)
 
 
 def _reference_facts(values: Array, reference: tuple | Array | None) -> Reference:
@@ -154,9 +156,7 @@ def kmeans_difficulty(features: Array, k: int | None = None, seed: int = 0, *, c
     """
     from sklearn.metrics import pairwise_distances_argmin  # seconds to import, which weights need not wait for
 
-    check_matrix("features", features)
-    x = to_numpy(features)
-    x = x.astype(np.float32) if x.dtype == np.float16 else x
+    x = _checked_features(features)
     if (k is None) == (centers is None):
         raise ValueError("k, centers: give exactly one of them")
     used = fit_centers(x, k, seed) if centers is None else _given_centers(centers, x)
@@ -177,17 +177,24 @@ def fit_centers(features: Array, k: int, seed: int = 0) -> np.ndarray:
     """
     from sklearn.cluster import KMeans, MiniBatchKMeans
 
-    check_matrix("features", features)
-    x = to_numpy(features)
-    check_range("k", k, 1, len(x))
+    x = _checked_features(features)
+    check_count("k", k, 1, len(x))
     kind = KMeans if len(x) < MINIBATCH_ROWS else MiniBatchKMeans
     options = {} if kind is KMeans else {"batch_size": 4096}
     return kind(n_clusters=k, n_init=1, random_state=seed, **options).fit(x).cluster_centers_
 
 
 def _given_centers(centers: Array, x: np.ndarray) -> np.ndarray:
+    centers = to_numpy(centers)
     check_matrix("centers", centers, x.shape[1])
-    return to_numpy(centers).astype(x.dtype)
+    return centers.astype(x.dtype)
+
+
+def _checked_features(features: Array) -> np.ndarray:
+    """(n, d) on the host, in float32 or float64."""
+    x = to_numpy(features)
+    check_matrix("features", x, "d")
+    return x.astype({"f4": np.float32, "f2": np.float32}.get(x.dtype.str[1:], np.float64), copy=False)
 
 
 def _finite_float64(name: str, x: Array) -> Array:

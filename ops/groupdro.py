@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from ops.arrays import Array, is_tensor
+from ops.arrays import Array, as_tensor, is_tensor
 from ops.checks import check_labels, check_range, check_shape, check_vector, check_zero_one
 
 Tensor = torch.Tensor
@@ -95,9 +95,9 @@ class GroupDRO:
             Wrong shape, NaN or infinity, a group outside [0, G).
         """
         if not is_tensor(per_sample_losses):
-            return self.loss(
-                *(None if x is None else torch.as_tensor(x) for x in (per_sample_losses, groups, correct))
-            ).numpy()[()]
+            return self.loss(as_tensor("per_sample_losses", per_sample_losses), groups, correct).numpy()[()]
+        groups = as_tensor("groups", groups, per_sample_losses.device)
+        correct = None if correct is None else as_tensor("correct", correct, per_sample_losses.device)
         self._check(per_sample_losses, groups, correct)
         sums = _sum_by_group(per_sample_losses, groups, self.num_groups)
         facts = [sums.detach(), _sum_by_group(torch.ones_like(groups, dtype=sums.dtype), groups, self.num_groups)]
@@ -236,7 +236,7 @@ def _sum_by_group(values: Tensor, groups: Tensor, num_groups: int) -> Tensor:
 
 
 def _group_counts(group_counts: Array | Sequence[int]) -> Tensor:
-    counts = torch.as_tensor(group_counts, dtype=torch.float64, device="cpu")
+    counts = as_tensor("group_counts", group_counts).to("cpu", torch.float64)
     check_vector("group_counts", counts)
     if bool((counts < 0).any()):
         raise ValueError(f"group_counts: must not be negative, found {counts.min():g}")
@@ -245,7 +245,7 @@ def _group_counts(group_counts: Array | Sequence[int]) -> Tensor:
 
 def _margins(adjustment: float | Array | Sequence[float], counts: Tensor) -> Tensor:
     """C / √n_g of each group, (G,) float64."""
-    c = torch.as_tensor(adjustment, dtype=torch.float64, device="cpu")
+    c = as_tensor("adjustment", adjustment).to("cpu", torch.float64)
     if c.ndim:
         check_vector("adjustment", c, len(counts))
     if not bool((c >= 0).all()):

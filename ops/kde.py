@@ -9,7 +9,7 @@ import math
 import torch
 from torch.nn.functional import one_hot
 
-from ops.arrays import Array, accepts_arrays
+from ops.arrays import Array, accepts_arrays, as_tensor
 from ops.checks import check_choice, check_labels, check_range
 from ops.log_probs import Tensor, log_probabilities, true_class
 
@@ -171,7 +171,7 @@ def kde_bandwidth(logits: Array, kind: str = "canonical") -> float:
     returns −1 where no log likelihood is positive; here the largest counts whatever its sign. O(20 n² K).
     """
     check_choice("kind", kind, KINDS)
-    log_probs = log_probabilities(torch.as_tensor(logits).detach(), torch.float64)
+    log_probs = log_probabilities(as_tensor("logits", logits).detach(), torch.float64)
     _check_neighbours(log_probs)
     return _leave_one_out_bandwidth(log_probs, kind)
 

@@ -6,6 +6,7 @@ Public names are exposed by `ops.losses`.
 import math
 
 import torch
+from torch.nn import functional
 
 from ops.arrays import Array, accepts_arrays
 from ops.checks import check_choice, check_range, check_vector
@@ -165,9 +166,10 @@ def _log_survival(score: Tensor, centres: Tensor, mass: Tensor, nu: float) -> Te
     median = centres[int((mass.cumsum(0) < 0.5).sum().clamp_max(len(mass) - 1))]
     upper = score > median
     slope = torch.where(upper, -1.0, 1.0).to(score.dtype) / nu
-    tail = (torch.sigmoid((score[:, None] - centres) * slope[:, None]) * mass).sum(dim=1)
-    tail = tail.clamp_min(torch.finfo(tail.dtype).tiny)
-    return torch.where(upper, tail.log(), torch.log1p(-tail))
+    # in logarithms: dividing by a tail that is nearly 0 would lose the gradient
+    log_tail = (functional.logsigmoid((score[:, None] - centres) * slope[:, None]) + mass.log()).logsumexp(dim=1)
+    log_tail = log_tail.clamp_min(math.log(torch.finfo(log_tail.dtype).tiny))
+    return torch.where(upper, log_tail, torch.log1p(-log_tail.exp()))
 
 
 @accepts_arrays

@@ -13,7 +13,7 @@ from scipy.special import entr, xlogy
 from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 
 from ops.arrays import Array, like, to_numpy
-from ops.checks import check_choice, check_no_nan, check_probabilities, check_range, check_vector, check_zero_one
+from ops.checks import check_choice, check_probabilities, check_range, check_real, check_vector, check_zero_one
 
 CONFIDENCES = ("msp", "entropy", "margin")
 
@@ -485,5 +485,5 @@ def _metrics_or_none(
         values = np.asarray([float(value) for value in metrics(*(array[rows] for array in arrays))])
     except UndefinedMetricError:
         return None
-    check_no_nan("metric", values)
+    check_real("metric", values)
     return values

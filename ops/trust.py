@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional
 
 from ops.arrays import Array, accepts_arrays
-from ops.checks import check_no_nan, check_range, check_shape, check_vector, check_zero_one
+from ops.checks import check_matrix, check_range, check_vector, check_zero_one
 
 Tensor = torch.Tensor
 
@@ -170,8 +170,7 @@ def signed_distance(features: Array, weight: Array, bias: float | Array = 0.0) -
     -----
     Luo et al. 2021, eq. 7. The released code divides by ‖w‖ + 1e-7; here the norm is exact and zero is an error.
     """
-    check_shape("features", features, ("n", "d"))
-    check_no_nan("features", features)
+    check_matrix("features", features, "d")
     check_vector("weight", weight, features.shape[1])
     norm = torch.linalg.vector_norm(weight)
     if not bool((norm > 0) & norm.isfinite()):

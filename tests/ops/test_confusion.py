@@ -108,6 +108,12 @@ def test_tensors_in_tensors_out(dtype, tolerance):
     assert isinstance(score.score(), np.ndarray)
 
 
+def test_lists_are_taken():
+    score = ConfusionScore(2)
+    score.update([[[0.5, 0.5], [1.0, 0.0]]], [1, 0])
+    assert score.score().tolist() == [0.0, 1.0]
+
+
 def test_blocked_equals_unblocked(monkeypatch):
     probs = random_probs()[0]
     whole = entropy_of_mean(probs)
@@ -134,8 +140,8 @@ def test_bad_arguments_are_named_and_nothing_is_added():
         (r"rows: values must lie in \[0, 12\), found -1", probs, rows - 1),
         ("rows: 11 of 12 are given twice", probs, rows * 0),
         ("rows: expected integers", probs, rows * 1.0),
-        ("probs: must lie in", probs * np.nan, rows),
-        ("probs: must lie in", np.log(probs), rows),
+        ("probs: contains NaN", probs * np.nan, rows),
+        ("probs: probabilities must lie in", np.log(probs), rows),
         ("probs: each row must sum to 1", probs / 2, rows),
     ]:
         with pytest.raises(ValueError, match=message):

@@ -144,6 +144,12 @@ def test_given_centers_are_not_refitted():
     np.testing.assert_allclose(kmeans_difficulty(features, centers=centers), expected, rtol=1e-12)
 
 
+def test_lists_and_whole_numbers_have_distances_that_are_not_whole():
+    found = kmeans_difficulty([[0, 0], [4, 4]], centers=[[1, 1]])
+    np.testing.assert_allclose(found, np.sqrt([2, 18]), rtol=1e-15)
+    np.testing.assert_array_equal(kmeans_difficulty(np.array([[0, 0], [4, 4]]), centers=np.array([[1, 1]])), found)
+
+
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
 def test_a_sample_on_its_center_has_distance_zero(dtype):
     features = clusters(dtype) + dtype(100)
@@ -157,7 +163,8 @@ def test_a_sample_on_its_center_has_distance_zero(dtype):
     [
         ("exactly one", {}),
         ("exactly one", {"k": 2, "centers": np.zeros((2, 3))}),
-        (r"k: must lie in \[1, 90\], got 91", {"k": 91}),
+        (r"k: expected an integer in \[1, 90\], got 91", {"k": 91}),
+        ("k: expected an integer", {"k": 2.5}),
         (r"centers: expected shape \(n, 3\), got \(2, 4\)", {"centers": np.zeros((2, 4))}),
         ("centers: contains NaN", {"centers": np.full((2, 3), np.nan)}),
         ("features: contains NaN", {"features": np.full((2, 3), np.nan), "k": 1}),

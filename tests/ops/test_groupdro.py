@@ -185,6 +185,16 @@ def test_narrow_floats(dtype):
     assert torch.isfinite(x.grad).all()
 
 
+def test_any_mixture_of_arrays_tensors_and_lists():
+    losses, groups = batches(1)[0]
+    expected = GroupDRO([10, 10, 10]).loss(losses, groups)
+    for x in (losses, losses.tolist(), torch.from_numpy(losses)):
+        for g in (groups, groups.tolist(), torch.from_numpy(groups).to(torch.uint8)):
+            found = GroupDRO((10, 10, 10)).loss(x, g, correct=groups > 0)
+            assert isinstance(found, torch.Tensor) == isinstance(x, torch.Tensor)
+            assert float(found) == pytest.approx(float(expected), rel=1e-12)
+
+
 def test_bad_arguments_are_named():
     dro, losses, groups = GroupDRO([5, 5]), np.ones(4), np.array([0, 1, 0, 1])
     for message, function in [
