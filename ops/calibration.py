@@ -4,17 +4,17 @@ Metrics take probabilities, calibrators take logits; both any float dtype, numpy
 Errors are fractions in [0, 1], logarithms are natural (nats).
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
-from scipy.optimize import brentq
 from sklearn.isotonic import IsotonicRegression
 
 from ops.arrays import Array, like, to_numpy
 from ops.checks import (
     check_choice,
+    check_count,
     check_labels,
     check_matrix,
     check_probabilities,
@@ -22,11 +22,10 @@ from ops.checks import (
     check_vector,
     check_zero_one,
 )
+from ops.temperature import best_temperature, by_rows, entropy, row_blocks, softmax_at
 
 BINNINGS = ("width", "mass")
-TEMPERATURE_BOUNDS = (1e-3, 1e3)
-_BLOCK = 1 << 18  # entries of an N x K matrix worked on at a time: 2 MiB in float64, which stay in the cache
-_COLUMNS = 1 << 24  # the same where columns are fetched: 128 MiB
+_COLUMNS = 1 << 24  # entries of an N x K matrix fetched at a time, in columns: 128 MiB in float64
 
 
 class ReliabilityCurve(NamedTuple):
@@ -157,7 +156,7 @@ def brier_score(probs: Array, labels: Array) -> float:
     """
     array, labels = _check_probs(probs, labels)
     total = 0.0
-    for rows in _row_blocks(*array.shape):
+    for rows in row_blocks(*array.shape):
         block = array[rows].astype(np.float64)
         block[np.arange(len(block)), labels[rows]] -= 1
         total += np.einsum("ij,ij->", block, block)
@@ -200,13 +199,13 @@ class TemperatureScaling:
         """Choose T from `logits` (n, K), finite, and integer `labels` (n,) in [0, K); ValueError otherwise."""
         array, labels = _check_logits(logits), to_numpy(labels)
         check_labels("labels", labels, *array.shape)
-        self.temperature = _best_temperature(array, labels)
+        self.temperature = best_temperature(array, labels)
         return self
 
     def transform(self, logits: Array) -> Array:
         """Probabilities of shape (n, K), float64: softmax(logits / T). ValueError before `fit`."""
         array = _check_logits(logits)
-        return like(_by_rows(array, lambda block: _softmax(block, _fitted(self.temperature))), logits)
+        return like(by_rows(array, lambda block: softmax_at(block, _fitted(self.temperature))), logits)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers and strings that `calibrator_from_dict` restores."""
@@ -280,24 +279,24 @@ class MetaCalibration:
         check_labels("labels", labels, *array.shape)
         correct = array.argmax(axis=1) == labels
         first, second = self._split(correct, threshold_rows, calibration_rows)
-        threshold = self._threshold(_by_rows(array[first], _entropy), correct[first])
-        kept = second[_by_rows(array[second], _entropy) < threshold]
+        threshold = self._threshold(by_rows(array[first], entropy), correct[first])
+        kept = second[by_rows(array[second], entropy) < threshold]
         if len(kept) == 0:
             raise ValueError(f"calibration_rows: none of {len(second)} has an entropy below the threshold "
                              f"{threshold:.4g}; {self._way_out()} or give more rows")  # fmt: skip
-        self.threshold, self.temperature = threshold, _best_temperature(array[kept], labels[kept])
+        self.threshold, self.temperature = threshold, best_temperature(array[kept], labels[kept])
         return self
 
     def keeps(self, logits: Array) -> Array:
         """Which rows of `logits` (n, K) are kept: bool (n,). ValueError before `fit`."""
-        return like(_by_rows(_check_logits(logits), _entropy) < _fitted(self.threshold), logits)
+        return like(by_rows(_check_logits(logits), entropy) < _fitted(self.threshold), logits)
 
     def transform(self, logits: Array) -> Array:
         """Probabilities of shape (n, K), float64: softmax(logits / T) where kept, else 1/K. ValueError before `fit`."""
         array = _check_logits(logits)
         kept, temperature = self.keeps(array), _fitted(self.temperature)
         probs = np.full(array.shape, 1 / array.shape[1])
-        probs[kept] = _by_rows(array[kept], lambda block: _softmax(block, temperature))
+        probs[kept] = by_rows(array[kept], lambda block: softmax_at(block, temperature))
         return like(probs, logits)
 
     def to_dict(self) -> dict[str, Any]:
@@ -372,17 +371,6 @@ def _fitted(value: float | None) -> float:
     return value
 
 
-def _row_blocks(n: int, width: int) -> Iterator[slice]:
-    step = max(1, _BLOCK // width)
-    return (slice(start, min(start + step, n)) for start in range(0, n, step))
-
-
-def _by_rows(array: np.ndarray, function: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
-    """`function` of float64 blocks of rows, put together again."""
-    blocks = (np.ascontiguousarray(array[rows], dtype=np.float64) for rows in _row_blocks(*array.shape))
-    return np.concatenate([function(block) for block in blocks] or [np.empty(array.shape)])
-
-
 def _columns(array: np.ndarray) -> Iterator[np.ndarray]:
     """The columns in float64, fetched several at a time: single columns of a wide matrix would read it K times."""
     n, num_classes = array.shape
@@ -412,8 +400,7 @@ def _top_label(probs: Array, labels: Array) -> tuple[np.ndarray, np.ndarray]:
 def _bin_of(confidence: np.ndarray, bins: int, binning: str) -> np.ndarray:
     """The bin, in [0, bins), of each sample."""
     check_choice("binning", binning, BINNINGS)
-    if isinstance(bins, bool) or not isinstance(bins, int | np.integer) or bins < 1:
-        raise ValueError(f"bins: expected an integer of at least 1, got {bins!r}")
+    check_count("bins", bins)
     if binning == "width":
         # j/bins correctly rounded: linspace and confidence·bins put some exact edges in the wrong bin
         return np.searchsorted(np.arange(1, bins) / bins, confidence, side="left")
@@ -438,59 +425,6 @@ def _reliability(confidence: np.ndarray, hit: np.ndarray, bins: int, binning: st
     count = np.bincount(place, minlength=bins)
     sums = (np.bincount(place, weights=values, minlength=bins) for values in (hit, confidence))
     return (count, *(total / np.maximum(count, 1) for total in sums))
-
-
-def _softmax(logits: np.ndarray, temperature: float) -> np.ndarray:
-    shifted = logits - logits.max(axis=1, keepdims=True)
-    # two logits that differ by a rounding error must not become a tie, or the prediction could change
-    scaled = np.where(shifted < 0, np.minimum(shifted / temperature, -1e-15), 0.0)
-    weights = np.exp(scaled)
-    return weights / weights.sum(axis=1, keepdims=True)
-
-
-def _entropy(logits: np.ndarray) -> np.ndarray:
-    """Entropy of softmax(logits) in nats, at least 0."""
-    shifted = logits - logits.max(axis=1, keepdims=True)
-    weights = np.exp(shifted)
-    total = weights.sum(axis=1)
-    return np.maximum(np.log(total) - (weights * shifted).sum(axis=1) / total, 0)
-
-
-def _best_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
-    """The T within the bounds of least NLL: its derivative by 1/T never falls, so the sign at T = 1 names the side."""
-    slope = _slope(logits, labels, 1.0)
-    if slope == 0:
-        return 1.0
-    bound = TEMPERATURE_BOUNDS[0] if slope < 0 else TEMPERATURE_BOUNDS[1]
-    temperature = bound
-    if np.sign(_slope(logits, labels, bound)) == -np.sign(slope):
-        root = brentq(lambda log: _slope(logits, labels, np.exp(log)), 0.0, np.log(bound), xtol=1e-11, rtol=1e-11)
-        temperature = float(np.exp(root))
-    # T = 1 is kept where it is as good: the minimum is flat to rounding error there
-    return temperature if _nll(logits, labels, temperature) < _nll(logits, labels, 1.0) else 1.0
-
-
-def _blocks_at_label(logits: np.ndarray, labels: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Float64 blocks of logits less their row's maximum, and the value at the label."""
-    for rows in _row_blocks(*logits.shape):
-        block = logits[rows].astype(np.float64)
-        block -= block.max(axis=1, keepdims=True)
-        yield block, block[np.arange(len(block)), labels[rows]]
-
-
-def _slope(logits: np.ndarray, labels: np.ndarray, temperature: float) -> float:
-    """Derivative of the summed NLL by 1/T: Σ E_p[z] − z_label."""
-    total = 0.0
-    for block, own in _blocks_at_label(logits, labels):
-        weights = np.exp(block / temperature)
-        total += float(((weights * block).sum(axis=1) / weights.sum(axis=1) - own).sum())
-    return total
-
-
-def _nll(logits: np.ndarray, labels: np.ndarray, temperature: float) -> float:
-    """Summed NLL of softmax(logits / temperature)."""
-    blocks = _blocks_at_label(logits, labels)
-    return sum(float((np.log(np.exp(b / temperature).sum(axis=1)) - own / temperature).sum()) for b, own in blocks)
 
 
 def _threshold_at_accuracy(entropies: np.ndarray, correct: np.ndarray, accuracy: float, bins: int = 20) -> float:

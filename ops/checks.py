@@ -10,6 +10,10 @@ from ops.arrays import Array, is_tensor
 ROWS = 65_536  # rows of probabilities looked at together, so that sums in float64 cost no memory
 
 
+class UndefinedMetricError(ValueError):
+    """The data leave the metric undefined (only one outcome, no spread); the arguments themselves are fine."""
+
+
 def check_matrix(name: str, x: Array, columns: int | str = "K") -> None:
     """`x` must be a non-empty array of shape (n, `columns`), a string for any number: real numbers, no NaN."""
     check_shape(name, x, ("n", columns))

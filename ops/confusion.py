@@ -4,6 +4,8 @@ Source: Albiero et al. 2023, eq. 1-3. Accumulates an epoch at a time, any subset
 sample and statistic: N x K probabilities are never held.
 """
 
+import math
+
 import numpy as np
 import torch
 
@@ -159,4 +161,25 @@ def _block_entropy(probs: torch.Tensor) -> torch.Tensor:
         check_probabilities("probs", member)
         mean += member
     mean /= len(probs)
-    return torch.special.entr(mean).sum(dim=1).clamp_(min=0) / np.log(2)
+    return _bits(mean)
+
+
+def epoch_entropies(logits: torch.Tensor) -> torch.Tensor:
+    """Entropy of the members' mean probabilities, for every sample and epoch: `entropy_of_mean` on logits.
+
+    Parameters
+    ----------
+    logits : tensor of shape (n, T, M, K), float
+        Of M members at T epochs; unchecked.
+
+    Returns
+    -------
+    entropies : tensor of shape (n, T), of the float type of `logits`
+        In bits, in [0, log2 K]. Higher = more confusing. Their mean over T is the confusion score.
+    """
+    return _bits(torch.softmax(logits, dim=3).mean(dim=2))
+
+
+def _bits(probs: torch.Tensor) -> torch.Tensor:
+    """Entropy of the last axis; rounding can make a probability exceed 1 by a hair, and its entropy fall below 0."""
+    return torch.special.entr(probs).sum(dim=-1).clamp_(min=0) / math.log(2)

@@ -9,8 +9,7 @@ import numpy as np
 from scipy.stats import pearsonr
 
 from ops.arrays import Array, like, to_numpy
-from ops.checks import check_vector, check_zero_one
-from ops.selective import UndefinedMetricError
+from ops.checks import UndefinedMetricError, check_count, check_vector, check_zero_one
 
 
 class ErrorBands(NamedTuple):
@@ -95,8 +94,7 @@ def _check(score: Array, errors: Array) -> tuple[np.ndarray, np.ndarray]:
 
 def _edges(values: np.ndarray, edges: Array | int) -> np.ndarray:
     if isinstance(edges, int | np.integer):
-        if edges < 1:
-            raise ValueError(f"edges: expected at least 1 band, got {edges}")
+        check_count("edges", edges)
         edges = np.linspace(values.min(), values.max(), edges + 1)
         edges[-1] = np.nextafter(edges[-1], np.inf)
         return edges

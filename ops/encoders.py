@@ -86,7 +86,7 @@ class Encoder:
         return pictures.normalize(self.resize(images), self.mean, self.std)
 
     def resize(self, images: Sequence[torch.Tensor]) -> torch.Tensor:
-        """`prepare` without the normalisation: uint8 (B, 3, S, S), a quarter of the bytes to move to a GPU."""
+        """`prepare` without its normalisation: uint8 (B, 3, S, S), a quarter of the bytes to move to a GPU."""
         return pictures.resize(images, self.image_size, self.interpolation, self.resize_mode)
 
     @torch.no_grad()  # not inference_mode: its tensors could not become a head's training data

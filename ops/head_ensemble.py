@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn import functional
 
 from ops.checks import check_matrix
+from ops.confusion import epoch_entropies
 
 BLOCK_BYTES = 32 << 20  # of logits that one product gives
 State = dict[str, torch.Tensor]  # one head: "0.weight" (out, in), "0.bias" (out,), with a hidden layer also "1.…"
@@ -108,29 +109,6 @@ class PackedHeads:
             hidden = x.relu_().view(len(x), self.num_epochs * self.num_members, -1).transpose(0, 1)
             x = torch.baddbmm(self.second[1], hidden, self.second[0]).transpose(0, 1)
         return x.reshape(len(x), self.num_epochs, self.num_members, self.num_classes)
-
-
-def epoch_entropies(logits: torch.Tensor) -> torch.Tensor:
-    """Entropy of the ensemble's mean probabilities, for every sample and epoch.
-
-    Parameters
-    ----------
-    logits : tensor of shape (n, T, M, K), float
-        Of M members at T epochs.
-
-    Returns
-    -------
-    entropies : tensor of shape (n, T)
-        In bits, in [0, log2 K]. Higher = more confusing. Their mean over T is the confusion score.
-
-    Notes
-    -----
-    Albiero et al. 2023, eqs. 1-2: probabilities are averaged over the members, then the entropy is taken. The paper
-    leaves the base open; its plotted range needs base 2.
-    """
-    mean = torch.softmax(logits, dim=3).mean(dim=2)
-    # Rounding can make a probability exceed 1 by a hair, and its entropy fall below 0.
-    return torch.special.entr(mean).sum(dim=2).clamp(min=0) / math.log(2)
 
 
 class HeadEntropies:

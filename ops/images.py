@@ -73,23 +73,6 @@ def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> torch.Tensor:
         raise ImageError("truncated JPEG" if "truncated" in reason else f"broken JPEG ({reason})") from None
 
 
-def prepare(
-    images: Sequence[torch.Tensor],
-    size: int,
-    mean: Sequence[float],
-    std: Sequence[float],
-    interpolation: str = "bicubic",
-    resize_mode: str = "shortest",
-) -> torch.Tensor:
-    """Decoded images as an encoder's input: `resize`, then `normalize`.
-
-    Returns
-    -------
-    batch : tensor of shape (B, 3, size, size), float32
-    """
-    return normalize(resize(images, size, interpolation, resize_mode), mean, std)
-
-
 def resize(
     images: Sequence[torch.Tensor], size: int, interpolation: str = "bicubic", resize_mode: str = "shortest"
 ) -> torch.Tensor:

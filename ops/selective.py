@@ -5,7 +5,6 @@ computed in float64, scalars come back as Python floats, curves as float64 array
 Rates are fractions in [0, 1].
 """
 
-from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -13,13 +12,16 @@ from scipy.special import entr, xlogy
 from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 
 from ops.arrays import Array, like, to_numpy
-from ops.checks import check_choice, check_probabilities, check_range, check_real, check_vector, check_zero_one
+from ops.checks import (
+    UndefinedMetricError,
+    check_choice,
+    check_probabilities,
+    check_range,
+    check_vector,
+    check_zero_one,
+)
 
 CONFIDENCES = ("msp", "entropy", "margin")
-
-
-class UndefinedMetricError(ValueError):
-    """The data leave the metric undefined (only one outcome, no spread); the arguments themselves are fine."""
 
 
 class RiskCoverage(NamedTuple):
@@ -65,13 +67,6 @@ class Separability(NamedTuple):
 
     kl: float
     bhattacharyya: float
-
-
-class Interval(NamedTuple):
-    """A confidence interval."""
-
-    low: float
-    high: float
 
 
 def confidence(probs: Array, kind: str = "msp") -> Array:
@@ -343,66 +338,6 @@ def gaussian_kl(mean_a: float, std_a: float, mean_b: float, std_b: float) -> flo
     return float(np.log(std_b / std_a) + (std_a**2 + (mean_a - mean_b) ** 2) / (2 * std_b**2) - 0.5)
 
 
-def bootstrap_interval(
-    metric: Callable[..., float], *arrays: Array, level: float = 0.95, replicates: int = 1000, seed: int = 0
-) -> Interval:
-    """Percentile bootstrap interval of a metric of samples.
-
-    Parameters
-    ----------
-    metric : function of as many arrays -> float
-        Of this module or `ops.calibration`; fix further options with a lambda.
-    arrays : arrays whose first axis has one length n
-        Resampled together, with replacement.
-    level : float in (0, 1]
-        Share of the replicates inside.
-    replicates, seed : int
-        Resamples, at least 1, and their seed: equal seeds resample equal rows, so differences between models with the
-        same n are paired.
-
-    Returns
-    -------
-    Interval
-        Order statistics of the replicates (no interpolation, so an infinite NLL stays infinite). One sample, or a
-        metric that doesn't vary: an interval of width 0.
-
-    Raises
-    ------
-    UndefinedMetricError (a ValueError)
-        If the metric is undefined on more than half of the replicates; fewer are left out.
-    ValueError
-        If lengths differ or n is 0, and whatever `metric` raises.
-
-    Notes
-    -----
-    By hand because `scipy.stats.bootstrap` takes no (n, K) beside an (n,) and no replicate without a value.
-    """
-    return joint_bootstrap_intervals(
-        lambda *rows: [metric(*rows)], *arrays, level=level, replicates=replicates, seed=seed
-    )[0]
-
-
-def joint_bootstrap_intervals(
-    metrics: Callable[..., Sequence[float]],
-    *arrays: Array,
-    level: float = 0.95,
-    replicates: int = 1000,
-    seed: int = 0,
-) -> list[Interval]:
-    """`bootstrap_interval` of each of several metrics that one function returns (`detection_metrics`), at the cost of one."""
-    check_range("level", level, 0, 1, open_low=True)
-    check_range("replicates", replicates, 1, np.inf)
-    n = _common_length(arrays)
-    random = np.random.default_rng(seed)
-    values = [_metrics_or_none(metrics, arrays, random.integers(0, n, n)) for _ in range(replicates)]
-    defined = [value for value in values if value is not None]
-    if 2 * len(defined) < replicates or not defined:
-        raise UndefinedMetricError(f"metric: undefined on {len(values) - len(defined)} of {replicates} resamples")
-    tails = [(1 - level) / 2, (1 + level) / 2]
-    bounds = np.quantile(np.stack(defined), tails, axis=0, method="inverted_cdf")
-    return [Interval(float(low), float(high)) for low, high in bounds.T]
-
-
 def _check(name: str, confidence: Array, outcomes: Array) -> tuple[np.ndarray, np.ndarray]:
     """Both as float64 vectors of one length; `outcomes`, called `name`, of zeros and ones."""
     confidence, outcomes = to_numpy(confidence), to_numpy(outcomes)
@@ -469,21 +404,3 @@ def _moments(name: str, values: Array) -> tuple[float, float]:
     if len(values) < 2 or values.min() == values.max():
         raise UndefinedMetricError(f"{name}: no spread, needs two different values, shape {values.shape}")
     return float(values.mean()), float(values.std(ddof=1))
-
-
-def _common_length(arrays: tuple[Array, ...]) -> int:
-    lengths = [len(array) for array in arrays]
-    if len(set(lengths)) != 1 or lengths[0] == 0:
-        raise ValueError(f"arrays: expected one common length of at least 1, got {lengths}")
-    return lengths[0]
-
-
-def _metrics_or_none(
-    metrics: Callable[..., Sequence[float]], arrays: tuple[Array, ...], rows: np.ndarray
-) -> np.ndarray | None:
-    try:
-        values = np.asarray([float(value) for value in metrics(*(array[rows] for array in arrays))])
-    except UndefinedMetricError:
-        return None
-    check_real("metric", values)
-    return values

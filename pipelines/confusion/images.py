@@ -14,7 +14,7 @@ import pyarrow as pa
 import ray
 import torch
 
-from ops.head_ensemble import epoch_entropies
+from ops.confusion import epoch_entropies
 from ops.models import Classifier, build_classifier
 from pipelines import columns, storage
 from pipelines.confusion.members import Member, commit_epoch, find_member, load_epoch, say_progress

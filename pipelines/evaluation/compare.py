@@ -8,8 +8,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from scipy.stats import kendalltau, pearsonr, spearmanr
 
+from ops.checks import UndefinedMetricError
 from ops.correlation import ErrorBands, error_bands, error_correlation
-from ops.selective import UndefinedMetricError
 from pipelines import columns
 from pipelines.run import Run
 

@@ -9,15 +9,10 @@ import pyarrow as pa
 from scipy.special import expit, softmax
 
 from ops.arrays import to_numpy
+from ops.bootstrap import bootstrap_interval, joint_bootstrap_intervals
+from ops.checks import UndefinedMetricError
 from ops.gaussian import Gaussians
-from ops.selective import (
-    UndefinedMetricError,
-    bootstrap_interval,
-    confidence,
-    detection_metrics,
-    joint_bootstrap_intervals,
-    true_rates,
-)
+from ops.selective import confidence, detection_metrics, true_rates
 from pipelines import columns, storage
 from pipelines.curation.fit import GAUSSIANS, load_gaussians
 from pipelines.evaluation.evaluate import (

@@ -12,16 +12,16 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from ops.bootstrap import joint_bootstrap_intervals
 from ops.calibration import confidence_calibration_error
+from ops.checks import UndefinedMetricError
 from ops.selective import (
     DetectionMetrics,
-    UndefinedMetricError,
     accuracy_rejection_curve,
     augrc,
     aurc,
     detection_metrics,
     excess_aurc,
-    joint_bootstrap_intervals,
     risk_at_coverage,
     separability,
 )

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from scipy.special import softmax
 
 from ops import confusion
-from ops.confusion import ConfusionScore, entropy_of_mean
+from ops.confusion import ConfusionScore, entropy_of_mean, epoch_entropies
 from tests.ops.golden import cases
 
 
@@ -112,6 +112,25 @@ def test_lists_are_taken():
     score = ConfusionScore(2)
     score.update([[[0.5, 0.5], [1.0, 0.0]]], [1, 0])
     assert score.score().tolist() == [0.0, 1.0]
+
+
+@pytest.mark.parametrize("case", cases("scores_confusion.npz"), ids=repr)
+def test_entropies_are_the_golden_ones_in_bits(case):
+    logits = torch.from_numpy(case.inputs["logits_epoch_member_sample_class"]).permute(2, 0, 1, 3)
+    expected = case.outputs["entropy_per_epoch_nats"] / np.log(2)
+    expected = expected if expected.shape == tuple(logits.shape[:2]) else expected.T
+    np.testing.assert_allclose(epoch_entropies(logits), expected, rtol=1e-10, atol=1e-12)
+    np.testing.assert_allclose(epoch_entropies(logits.float()), expected, rtol=1e-5, atol=2e-6)
+    np.testing.assert_allclose(epoch_entropies(logits).mean(dim=1), case.outputs["score_bits"], rtol=1e-10, atol=1e-12)
+
+
+def test_entropy_is_between_nothing_and_log2_k_and_members_that_disagree_confuse():
+    sure = torch.full((1, 1, 2, 4), -1e4)
+    sure[..., 0] = 1e4
+    torch.testing.assert_close(epoch_entropies(sure), torch.zeros(1, 1))
+    torch.testing.assert_close(epoch_entropies(torch.zeros(1, 1, 2, 4)), torch.full((1, 1), 2.0))
+    sure[0, 0, 1] = sure[0, 0, 1].roll(1)  # two sure members of different opinion: one bit
+    torch.testing.assert_close(epoch_entropies(sure), torch.ones(1, 1))
 
 
 def test_blocked_equals_unblocked(monkeypatch):

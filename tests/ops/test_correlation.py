@@ -3,8 +3,8 @@ import pytest
 import torch
 from scipy.stats import kendalltau, pearsonr, spearmanr
 
+from ops.checks import UndefinedMetricError
 from ops.correlation import error_bands, error_correlation
-from ops.selective import UndefinedMetricError
 from tests.ops.golden import cases
 
 RANKED = [case for case in cases("correlation.npz") if "x" in case.inputs]
@@ -68,7 +68,7 @@ def test_a_score_without_variation_is_undefined():
         (np.arange(3.0), np.full(3, 2), 10, "errors: expected only 0 and 1"),
         (np.arange(3.0), np.ones(3), np.array([2.0, 1.0]), "edges: expected at least two rising"),
         (np.arange(3.0), np.ones(3), np.array([5.0, 6.0]), "edges: no score lies in"),
-        (np.arange(3.0), np.ones(3), 0, "edges: expected at least 1 band"),
+        (np.arange(3.0), np.ones(3), 0, "edges: expected an integer of at least 1, got 0"),
         (np.zeros(0), np.zeros(0), 10, "score: is empty"),
     ],
 )

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 
 from ops.encoders import load_encoder, resolve_spec
-from ops.images import prepare
+from ops.images import normalize, resize
 
 FACTORY = '''
 import pathlib
@@ -80,7 +80,7 @@ def test_a_factory_in_a_file(factory):
     assert not encoder.module.training and all(p.dtype == torch.float32 for p in encoder.module.parameters())
     images = some_images()
     batch = encoder.prepare(images)
-    assert torch.equal(batch, prepare(images, 16, (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)))
+    assert torch.equal(batch, normalize(resize(images, 16), (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)))
     features = encoder(batch)
     assert features.shape == (3, 24) and features.dtype == torch.float32 and not features.requires_grad
     quarters = batch.numpy().astype(np.float64).reshape(3, 3, 2, 8, 2, 8)

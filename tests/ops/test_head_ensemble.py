@@ -1,12 +1,11 @@
-"""Heads in one product equal heads one by one, and their entropies the golden cases."""
+"""Heads in one product equal heads one by one."""
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from ops.head_ensemble import HeadEnsemble, HeadEntropies, PackedHeads, epoch_entropies, rows_per_product
-from tests.ops.golden import cases
+from ops.confusion import epoch_entropies
+from ops.head_ensemble import HeadEnsemble, HeadEntropies, PackedHeads, rows_per_product
 
 FORMS = pytest.mark.parametrize("hidden", [None, 5])
 
@@ -61,25 +60,6 @@ def test_load_head_brings_back_what_head_gave():
     other.load_head(0, one.head(1))
     for name, tensor in one.head(1).items():
         assert torch.equal(other.head(0)[name], tensor)
-
-
-@pytest.mark.parametrize("case", cases("scores_confusion.npz"), ids=repr)
-def test_entropies_are_the_golden_ones_in_bits(case):
-    logits = torch.from_numpy(case.inputs["logits_epoch_member_sample_class"]).permute(2, 0, 1, 3)
-    expected = case.outputs["entropy_per_epoch_nats"] / np.log(2)
-    expected = expected if expected.shape == tuple(logits.shape[:2]) else expected.T
-    np.testing.assert_allclose(epoch_entropies(logits), expected, rtol=1e-10, atol=1e-12)
-    np.testing.assert_allclose(epoch_entropies(logits.float()), expected, rtol=1e-5, atol=2e-6)
-    np.testing.assert_allclose(epoch_entropies(logits).mean(dim=1), case.outputs["score_bits"], rtol=1e-10, atol=1e-12)
-
-
-def test_entropy_is_between_nothing_and_log2_k_and_members_that_disagree_confuse():
-    sure = torch.full((1, 1, 2, 4), -1e4)
-    sure[..., 0] = 1e4
-    torch.testing.assert_close(epoch_entropies(sure), torch.zeros(1, 1))
-    torch.testing.assert_close(epoch_entropies(torch.zeros(1, 1, 2, 4)), torch.full((1, 1), 2.0))
-    sure[0, 0, 1] = sure[0, 0, 1].roll(1)  # two sure members of different opinion: one bit
-    torch.testing.assert_close(epoch_entropies(sure), torch.ones(1, 1))
 
 
 def test_heads_of_two_forms_and_features_of_another_width_are_refused():

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torchvision.transforms import v2
 
-from ops.images import ImageError, augment, decode_image, normalize, prepare, resize
+from ops.images import ImageError, augment, decode_image, normalize, resize
 
 CLIP_MEAN, CLIP_STD = (0.481, 0.458, 0.408), (0.269, 0.261, 0.276)
 
@@ -252,9 +252,9 @@ def test_bicubic_overshoot_is_clamped():
 def test_a_batch_equals_its_images_alone_in_order():
     shapes = [(32, 32), (50, 40), (32, 32), (9, 200), (96, 96), (50, 40), (32, 64), (200, 9)]
     images = [tensor_of(photo(*shape, seed=seed)) for seed, shape in enumerate(shapes)]
-    batch = prepare(images, 96, CLIP_MEAN, CLIP_STD)
-    assert batch.shape == (8, 3, 96, 96) and batch.dtype == torch.float32 and batch.is_contiguous()
-    alone = torch.cat([prepare([image], 96, CLIP_MEAN, CLIP_STD) for image in images])
+    batch = resize(images, 96)
+    assert batch.shape == (8, 3, 96, 96) and batch.dtype == torch.uint8 and batch.is_contiguous()
+    alone = torch.cat([resize([image], 96) for image in images])
     assert torch.equal(batch, alone)
 
 
