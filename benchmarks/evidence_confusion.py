@@ -21,8 +21,8 @@ import torch
 
 from ops.correlation import error_bands
 from pipelines import columns
-from pipelines.confusion.members import FOLDER, Member
-from pipelines.confusion.score import HeadScorer, ScoringPlan
+from pipelines.confusion.heads import HeadScorer
+from pipelines.confusion.members import FOLDER, Member, Placement
 from pipelines.evaluation.compare import agreement, describe_errors, match, scored_keys
 from pipelines.run import Run
 from pipelines.storage import join, list_files, read_bytes
@@ -92,7 +92,7 @@ def robustness_scores(run: Run, form: str, test: Run) -> dict[tuple[int, int], n
         raise SystemExit(f"--members {run.uri}: needs {max(SEEDS)} members of {max(EPOCHS)} epochs in {folder}")
     found = {}
     for seeds in SEEDS:
-        scorer = HeadScorer(run.uri, members[:seeds], max(EPOCHS), ScoringPlan())
+        scorer = HeadScorer(run.uri, members[:seeds], max(EPOCHS), Placement())
         parts = [entropies for shard in range(len(test.shards)) for _, entropies in scorer.shard(test.uri, shard)]
         entropies = np.concatenate(parts)
         found |= {(seeds, epochs): entropies[:, :epochs].mean(axis=1) for epochs in EPOCHS}

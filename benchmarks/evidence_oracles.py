@@ -22,7 +22,7 @@ from jobs.session import ray_session
 from ops.models import load_classifier
 from ops.trust import trust_cross_entropy, trust_focal
 from pipelines.evaluation.sidebyside import Question, draw, side_by_side, store_figures
-from pipelines.evaluation.trust import Training, trust
+from pipelines.evaluation.trust import OracleTraining, trust
 from pipelines.run import Run
 from pipelines.training.loop import Recipe
 from pipelines.training.objective import LossChoice
@@ -32,7 +32,7 @@ METRICS = ("fpr95", "aupr_error", "aupr_success", "auroc", "tpr", "tnr", "kl", "
 
 
 @dataclasses.dataclass(frozen=True)
-class Released(Training):
+class Released(OracleTraining):
     """The baselines as released: the loss of each z against every target of its batch."""
 
     broadcast: bool = True
@@ -61,14 +61,14 @@ def main() -> None:
     measure(parser.parse_args())
 
 
-def oracles(asked: argparse.Namespace, seed: int) -> dict[str, Training]:
+def oracles(asked: argparse.Namespace, seed: int) -> dict[str, OracleTraining]:
     """The losses compared, each with the same recipe."""
     same = {"epochs": asked.epochs, "seed": seed}
     return {
-        "steep slope": Training(alpha_neg=asked.alpha_neg, **same),
-        "CE": Training("cross_entropy", **same),
-        "focal": Training("focal", **same),
-        "TCP": Training("tcp", **same),
+        "steep slope": OracleTraining(alpha_neg=asked.alpha_neg, **same),
+        "CE": OracleTraining("cross_entropy", **same),
+        "focal": OracleTraining("focal", **same),
+        "TCP": OracleTraining("tcp", **same),
         "CE, released": Released("cross_entropy", **same),
         "focal, released": Released("focal", **same),
     }

@@ -13,9 +13,11 @@ from jobs.options import RunOptions, WorkerOptions
 from jobs.session import ray_session, tracked
 from pipelines.confusion import heads, images
 from pipelines.confusion import score as scoring
-from pipelines.confusion.members import Member, report
+from pipelines.confusion.members import Member, Placement, plan_members, report
 from pipelines.progress import duration
 from pipelines.run import Run
+from pipelines.training.source import Source
+from pipelines.training.survey import survey
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -75,20 +77,24 @@ def confusion(options: RunOptions, ensemble: ConfusionOptions) -> dict[str, Any]
             scoring.check_same_encoder(run, other)
         other.embedding_facts()
     training = _training(ensemble)
-    members = _members(run, training, ensemble)
+    seeds = range(ensemble.seed, ensemble.seed + ensemble.seeds)
+    members = plan_members(run, training.form, training.identity(ensemble.epochs), seeds)
     with tracked("confusion", options, ensemble) as tracker, ray_session(options):
-        plan = _plan(ensemble)
+        place = _place(ensemble)
         before = sum(min(m.epochs, ensemble.epochs) for m in members)
         say(
             f"confusion: {len(members)} members × {ensemble.epochs} epochs of {training.form}, {before} epochs already "
-            f"trained, {plan.workers} workers on {plan.device}"
+            f"trained, {place.workers} workers on {place.device}"
         )
-        members, commonest = _train(run, members, training, ensemble.epochs, plan)
+        train = heads.train if ensemble.input == "embeddings" else images.train
+        members = train(run, members, training, ensemble.epochs, place)
+        # What one that has learnt nothing is right about.
+        commonest = survey(Source.of(run, input=ensemble.input), len(run.classes)).commonest
         kept, diverged = scoring.usable(members, ensemble.epochs, commonest, ensemble.drop_diverged)
         _warn(diverged, ensemble.drop_diverged)
-        result = {"run": run.uri, "confusion": _score(run, run, kept, ensemble, plan)}
+        result = {"run": run.uri, "confusion": _score(run, run, kept, ensemble, place)}
         if other is not None:
-            result |= {"score_run": other.uri, "scored": _score(other, run, kept, ensemble, plan)}
+            result |= {"score_run": other.uri, "scored": _score(other, run, kept, ensemble, place)}
         result |= {
             "epochs_trained": len(members) * ensemble.epochs - before,
             "members": report(members, ensemble.epochs),
@@ -109,30 +115,9 @@ def _training(ensemble: ConfusionOptions) -> heads.HeadTraining | images.ImageTr
     return training
 
 
-def _members(run: Run, training: heads.HeadTraining | images.ImageTraining, ensemble: ConfusionOptions) -> list[Member]:
-    seeds = range(ensemble.seed, ensemble.seed + ensemble.seeds)
-    if isinstance(training, heads.HeadTraining):
-        return scoring.plan_members(run, training, seeds)
-    return images.plan_members(run, training, seeds, ensemble.epochs)
-
-
-def _train(
-    run: Run,
-    members: list[Member],
-    training: heads.HeadTraining | images.ImageTraining,
-    epochs: int,
-    plan: scoring.ScoringPlan,
-) -> tuple[list[Member], float]:
-    """The trained members, and the share of the commonest class: what one that learnt nothing is right about."""
-    if isinstance(training, heads.HeadTraining):
-        corpus = heads.measure(run)
-        return heads.train(run, members, corpus, training, epochs, plan.device, plan.workers), corpus.commonest
-    return images.train(run, members, training, epochs, plan.device), images.commonest_share(run)
-
-
-def _plan(ensemble: ConfusionOptions) -> scoring.ScoringPlan:
+def _place(ensemble: ConfusionOptions) -> Placement:
     found = stages.resources(WorkerOptions(device=ensemble.device, workers=ensemble.workers))
-    return scoring.ScoringPlan(found.device, found.workers, found.cpus_per_worker, ensemble.score_batch)
+    return Placement(found.device, found.workers, found.cpus_per_worker, ensemble.score_batch)
 
 
 def _warn(diverged: dict[int, str], dropped: bool) -> None:
@@ -141,10 +126,10 @@ def _warn(diverged: dict[int, str], dropped: bool) -> None:
 
 
 def _score(
-    run: Run, trained: Run, members: list[Member], ensemble: ConfusionOptions, plan: scoring.ScoringPlan
+    run: Run, trained: Run, members: list[Member], ensemble: ConfusionOptions, place: Placement
 ) -> dict[str, Any]:
-    scorer = scoring.HeadScorer if ensemble.input == "embeddings" else images.NetworkScorer
-    counts = scoring.score(run, trained, members, ensemble.epochs, scorer, plan)
+    scorer = heads.HeadScorer if ensemble.input == "embeddings" else images.NetworkScorer
+    counts = scoring.score(run, trained, members, ensemble.epochs, scorer, place)
     say(
         f"confusion: {counts['rows']:,} rows of {run.uri}, {counts['shards_done']} shards done, "
         f"{counts['shards_skipped']} skipped, {duration(counts['seconds'])}"

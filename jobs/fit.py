@@ -7,7 +7,7 @@ import sys
 from typing import Any
 
 from jobs.options import GaussianOptions, WeightOptions, WorkerOptions
-from jobs.stage import stage_command
+from jobs.stage_command import stage_command
 
 
 def fit(run: Any, workers: WorkerOptions, gaussians: GaussianOptions, weights: WeightOptions) -> dict[str, Any]:

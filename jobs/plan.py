@@ -42,8 +42,9 @@ def plan(session: SessionOptions, asked: PlanOptions, corpus: CorpusOptions, wor
     import ray
 
     from jobs import stages
+    from pipelines.corpus.shardlist import evenly
     from pipelines.planning.measure import measure
-    from pipelines.planning.plan import evenly, project, store
+    from pipelines.planning.plan import project, store
 
     if asked.gpus is not None:
         workers = dataclasses.replace(workers, device="cuda", workers=asked.gpus)

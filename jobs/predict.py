@@ -31,13 +31,13 @@ class PredictOptions:
 def predict(options: RunOptions, asked: PredictOptions) -> dict[str, Any]:
     """Predict the shards whose predictions are missing or out of date."""
     from jobs import stages
-    from ops.models import load_classifier
     from pipelines import storage
     from pipelines.evaluation import predict as prediction
     from pipelines.progress import duration
     from pipelines.run import Run
+    from pipelines.training.checkpoints import read_classifier
 
-    run, model = Run.open(options.run), load_classifier(asked.checkpoint)
+    run, model = Run.open(options.run), read_classifier(asked.checkpoint)
     if asked.batch_size < 1:
         raise ValueError(f"--batch-size {asked.batch_size}: at least 1")
     with tracked("predict", options, asked) as tracker, ray_session(options):

@@ -99,7 +99,7 @@ def check(run: Run, gaussians: GaussianOptions, selection: SelectOptions) -> Non
     """Find the mistakes that can be found before any work: another run's Gaussians, the subset's rule and name."""
     if gaussians.gaussians is not None:
         fitting.check_adoptable(run, Run.open(gaussians.gaussians))
-    selecting.check_name(selection.name)
+    columns.check_name("--name", selection.name)
     group, column = columns.split_name(rule(selection).by)
     if group == columns.DIFFICULTY and column not in [*columns.DIFFICULTY_SCHEMA.names, columns.KMEANS.name]:
         raise ValueError(

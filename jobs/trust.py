@@ -57,15 +57,15 @@ class TrustOptions:
 def trust(options: RunOptions, asked: TrustOptions) -> dict[str, Any]:
     """Train the oracle on the run and write the trust columns."""
     from jobs import stages
-    from ops.models import load_classifier
     from pipelines.evaluation import trust as oracles
     from pipelines.evaluation.predict import Forward
     from pipelines.run import Run
+    from pipelines.training.checkpoints import read_classifier
 
-    run, model = Run.open(options.run), load_classifier(asked.checkpoint)
+    run, model = Run.open(options.run), read_classifier(asked.checkpoint)
     others = [Run.open(uri) for uri in dict.fromkeys(asked.eval_run)]
-    names = {field.name for field in dataclasses.fields(oracles.Training)} - {"signed"}
-    training = oracles.Training(**{name: getattr(asked, name) for name in names}, signed=not asked.raw)
+    names = {field.name for field in dataclasses.fields(oracles.OracleTraining)} - {"signed"}
+    training = oracles.OracleTraining(**{name: getattr(asked, name) for name in names}, signed=not asked.raw)
     with tracked("trust", options, asked) as tracker, ray_session(options):
         device = stages.resources(WorkerOptions(device=asked.device)).device
         forward = Forward(device, max_pixels=run.config.max_pixels)

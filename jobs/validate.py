@@ -16,10 +16,12 @@ SHOWN = 12  # classes and reasons
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ValidateOptions:
-    """Which shards, and how closely they are looked at. No encoder and no GPU is needed."""
+    """Which shards, and how closely they are looked at. No GPU is needed."""
 
     shards: str
     """webdataset shards: quoted braces, globs, a folder, s3://…, a text file of URLs, '::' between sources"""
+    encoder: str | None = None
+    """also load this encoder, named as for curate: a mistake in its name or its file ends here, not on the cluster"""
     label: str = "cls"
     """cls, json:FIELD, or none for images without labels"""
     classes: str | None = None
@@ -48,10 +50,12 @@ def validate(session: SessionOptions, asked: ValidateOptions) -> dict[str, Any]:
 
     names = None if asked.classes is None else stages.read_names(asked.classes)
     LabelSource(asked.label, names)  # its own ValueError for a label source that is none
+    encoder = _encoder(asked.encoder)
     shards = expand_shards(asked.shards)
     check = validating.Check(asked.label, names, asked.decode_every, asked.max_pixels)
     with ray_session(session):
         found = validating.validate(shards, check, asked.most_shards)
+    found["encoder"] = encoder
     _show(found, asked, shards[0].url, shards[-1].url)
     if not found["samples"] or found["bad_fraction"] > asked.max_bad_fraction:
         found["failed"] = (
@@ -61,6 +65,16 @@ def validate(session: SessionOptions, asked: ValidateOptions) -> dict[str, Any]:
             else "no sample in these shards"
         )
     return found
+
+
+def _encoder(spec: str | None) -> dict[str, Any] | None:
+    """What an encoder makes of images, once it could be loaded; its own ValueError where it cannot."""
+    if spec is None:
+        return None
+    from ops.encoders import load_encoder  # torch
+
+    loaded = load_encoder(spec)
+    return {"spec": loaded.spec, "image_size": loaded.image_size, "width": loaded.width}
 
 
 def _show(found: dict[str, Any], asked: ValidateOptions, first: str, last: str) -> None:
@@ -74,6 +88,8 @@ def _show(found: dict[str, Any], asked: ValidateOptions, first: str, last: str) 
         f"{images['mean_bytes'] / 1e3:,.1f} kB on average; {_counts(found['formats'])}; "
         f"shorter side up to {_counts(found['shorter_side'], ' px')}"
     )
+    if encoder := found["encoder"]:
+        say(f"  encoder {encoder['spec']}: {encoder['image_size']} px in, {encoder['width']} numbers out")
     for reason, entry in list(found["reasons"].items())[:SHOWN]:
         example = entry["examples"][0]
         say(

@@ -167,6 +167,12 @@ QUARANTINE_SCHEMA = pa.schema(
 )
 
 
+def check_name(option: str, name: str) -> None:
+    """A prediction set, a trust set or a subset is called as a folder can be; ValueError otherwise."""
+    if not name or name != name.strip(". ") or any(c in name for c in "/\\:") or not name.isprintable():
+        raise ValueError(f"{option} {name!r}: expected a plain folder name")
+
+
 def file_name(group: str, shard: int) -> str:
     """Path inside a run of the file of a column group that belongs to a shard."""
     return f"{group}/{shard:06d}.parquet"
@@ -215,6 +221,13 @@ def all_facts(run_uri: str, group: str, num_shards: int) -> list[dict[str, Any] 
             known[shard] = _Known(files[shard].size, files[shard].mtime_ns, text)
     found = (texts[s] if s in texts else known[s].text if s in files else b"" for s in range(num_shards))
     return [_parsed(text) if text else None for text in found]
+
+
+def missing(run_uri: str, group: str, num_shards: int) -> list[int]:
+    """The shards of which a group has no file, by one listing of its folder."""
+    filesystem, root = storage.open_filesystem(storage.join(run_uri, group))
+    there = _shard_files(filesystem, root, num_shards)
+    return [shard for shard in range(num_shards) if shard not in there]
 
 
 def _shard_files(filesystem: pafs.FileSystem, root: str, num_shards: int) -> dict[int, pafs.FileInfo]:

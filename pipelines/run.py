@@ -65,6 +65,10 @@ class CorpusConfig:
         del values["encoder"]
         return values
 
+    def same_embedding(self, other: "CorpusConfig") -> bool:
+        """Whether vectors of the two lie in one space: the same weights, the same length."""
+        return (self.encoder_fingerprint, self.normalize) == (other.encoder_fingerprint, other.normalize)
+
 
 class Run:
     """An open run directory. `Run.open` reads one, `Run.create` starts one."""

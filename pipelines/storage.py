@@ -27,6 +27,11 @@ _QUERY = re.compile(r"\?[a-z_]+=.*")
 _BUCKETS = ("s3", "gs", "gcs")
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says in its first line; the name of its type where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def scheme_of(uri: str | os.PathLike) -> str:
     """The URI's scheme in lower case; "file" for a local path."""
     found = _SCHEME.match(os.fspath(uri))
@@ -91,9 +96,9 @@ def open_filesystem(uri: str | os.PathLike) -> tuple[pafs.FileSystem, str]:
     except pa.ArrowInvalid as error:
         if "Unrecognized filesystem" in str(error):
             return _open_fsspec(text)
-        raise ValueError(f"{text}: {_first_line(error)}") from error
+        raise ValueError(f"{text}: {first_line(error)}") from error
     except OSError as error:
-        raise ValueError(f"{text}: {_first_line(error)}") from error
+        raise ValueError(f"{text}: {first_line(error)}") from error
 
 
 def join(uri: str | os.PathLike, *parts: str) -> str:
@@ -248,7 +253,7 @@ def check_writable(uri: str | os.PathLike) -> None:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise ValueError(f"{uri}: not writable ({_first_line(error)}); name another output folder") from error
+        raise ValueError(f"{uri}: not writable ({first_line(error)}); name another output folder") from error
 
 
 @functools.lru_cache(maxsize=64)
@@ -269,7 +274,7 @@ def _open_fsspec(uri: str) -> tuple[pafs.FileSystem, str]:
     try:
         filesystem, path = fsspec.core.url_to_fs(uri)
     except (ValueError, ImportError) as error:
-        raise ValueError(f"{uri}: no filesystem for it ({_first_line(error)})") from error
+        raise ValueError(f"{uri}: no filesystem for it ({first_line(error)})") from error
     return pafs.PyFileSystem(pafs.FSSpecHandler(filesystem)), path
 
 
@@ -313,7 +318,3 @@ def _upload(source: Path, uri: str | os.PathLike) -> None:
         if source.stat().st_size:
             with pa.memory_map(str(source)) as mapped:
                 stream.write(mapped.read_buffer())
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -8,7 +8,8 @@ import numpy as np
 import pyarrow as pa
 
 from pipelines import columns, storage
-from pipelines.planning.plan import against_actual, evenly
+from pipelines.corpus.shardlist import evenly
+from pipelines.planning.plan import against_actual
 from pipelines.run import Run
 
 QUANTILES = (0.0, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1.0)

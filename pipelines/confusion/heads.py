@@ -8,19 +8,22 @@ once), within the window each member has its own order.
 
 import dataclasses
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import ray
 import torch
 
-from ops.head_ensemble import HeadEnsemble
-from pipelines import columns, storage
-from pipelines.confusion.members import Member, commit_epoch, find_member, load_epoch, load_resume, say_progress
-from pipelines.run import Run, StageFailed
-from pipelines.tasks import in_order
+from ops.head_ensemble import HeadEnsemble, HeadEntropies
+from pipelines import columns
+from pipelines.confusion.members import Member, Placement, commit_epoch, load_epoch, load_resume, train_members
+from pipelines.run import Run
+from pipelines.training.source import Source
+from pipelines.training.survey import Survey, check_trainable, moments, survey
 
 WINDOW_BYTES = 128 << 20  # of float32 features in memory; a corpus that fits is read once for all epochs
-TRIES = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +51,10 @@ class HeadTraining:
     def hidden(self) -> int | None:
         return None if self.model == "linear" else int(self.model.partition(":")[2])
 
+    def identity(self, epochs: int) -> list[Any]:
+        """What of it a member is made from: not the number of epochs, as a longer training goes on from a shorter one."""
+        return [dataclasses.asdict(self)]
+
     @property
     def form(self) -> str:
         """The folder's name of such members."""
@@ -70,36 +77,23 @@ class Standardization:
 
 @dataclasses.dataclass(frozen=True)
 class Corpus:
-    """What the heads learn from: the shards that hold labelled rows, their number of rows, class counts."""
+    """What the heads learn from: the labelled samples of a run, and how their features are standardised."""
 
-    shards: list[int]
-    class_counts: np.ndarray
+    found: Survey
     standardization: Standardization
 
     @property
-    def rows(self) -> int:
-        return int(self.class_counts.sum())
+    def shards(self) -> list[int]:
+        """Those that hold a labelled sample."""
+        return [shard for shard, count in enumerate(self.found.counts) if count]
 
     @property
-    def commonest(self) -> float:
-        """Share of the commonest class: what a model is right about that has learnt nothing."""
-        return float(self.class_counts.max() / self.rows)
-
-
-def shard_sums(shard: int, run_uri: str, num_classes: int, pilot: np.ndarray) -> tuple[np.ndarray, int, np.ndarray]:
-    """Ray task: class counts, rows, and (2, d) sums of features about the pilot and of their squares, of one shard."""
-    counts, rows, sums = np.zeros(num_classes, np.int64), 0, np.zeros((2, len(pilot)))
-    for batch in columns.iter_batches(run_uri, columns.EMBEDDINGS, shard, ["label", "embedding"]):
-        labels = columns.labels_or_minus_one(batch["label"])
-        counts += np.bincount(labels[labels >= 0], minlength=num_classes)
-        away = columns.vectors(batch["embedding"]).astype(np.float64) - pilot
-        sums += np.stack([away.sum(axis=0), (away**2).sum(axis=0)])
-        rows += len(labels)
-    return counts, rows, sums
+    def num_classes(self) -> int:
+        return len(self.found.class_counts)
 
 
 def measure(run: Run) -> Corpus:
-    """One pass over the embeddings: labelled rows, class counts, mean and standard deviation of the features.
+    """Labelled samples, class counts, mean and standard deviation of the features.
 
     Raises
     ------
@@ -111,21 +105,11 @@ def measure(run: Run) -> Corpus:
             f"--run {run.uri}: {len(run.classes)} classes; the members of the ensemble learn from labels of at least 2. "
             "Train on a labelled run and give this one as --score-run"
         )
-    first = next(s for s, facts in enumerate(run.embedding_facts()) if facts["rows"])
-    sample = next(columns.iter_batches(run.uri, columns.EMBEDDINGS, first, ["embedding"]))
-    pilot = columns.vectors(sample["embedding"]).astype(np.float64).mean(axis=0)
-    counts, rows, sums, shards = np.zeros(len(run.classes), np.int64), 0, np.zeros((2, len(pilot))), []
-    every = [(shard,) for shard in range(len(run.shards))]
-    for shard, (theirs, size, part) in enumerate(in_order(shard_sums, every, run.uri, len(run.classes), pilot)):
-        counts, rows, sums = counts + theirs, rows + size, sums + part
-        if theirs.any():
-            shards.append(shard)
-    if (counts > 0).sum() < 2:
-        raise ValueError(f"--run {run.uri}: labelled samples of {(counts > 0).sum()} class, at least 2 are needed")
-    mean = sums[0] / rows
-    deviation = np.sqrt(np.maximum(sums[1] / rows - mean**2, 0))
-    scale = np.where(deviation > 1e-6 * np.abs(pilot + mean), deviation, 1.0)
-    return Corpus(shards, counts, Standardization((pilot + mean).astype(np.float32), scale.astype(np.float32)))
+    run.embedding_facts()
+    source = Source.of(run, input="embeddings")
+    found = survey(source, len(run.classes))
+    check_trainable(found, run.classes, None)
+    return Corpus(found, Standardization(*moments(source, run.config.width)))
 
 
 class Windows:
@@ -134,7 +118,7 @@ class Windows:
     def __init__(self, run_uri: str, corpus: Corpus, seeds: Sequence[int], bootstrap: bool, window_bytes: int):
         self.run_uri, self.corpus, self.seeds, self.bootstrap = run_uri, corpus, seeds, bootstrap
         self.window_rows = max(1, window_bytes // (4 * len(corpus.standardization.mean)))
-        whole = corpus.rows <= self.window_rows
+        whole = corpus.found.num_samples <= self.window_rows
         self.cached = list(self._read(corpus.shards)) if whole else None
 
     def epoch(self, epoch: int) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
@@ -185,7 +169,7 @@ def train_heads(
     """Ray task: train members that are equally far, up to `epochs`; yields them after each epoch, when it is kept."""
     torch.set_num_threads(1)
     seeds, width = [m.seed for m in members], len(corpus.standardization.mean)
-    ensemble = HeadEnsemble(seeds, width, len(corpus.class_counts), training.hidden).to(device)
+    ensemble = HeadEnsemble(seeds, width, corpus.num_classes, training.hidden).to(device)
     optimizer = torch.optim.AdamW(ensemble.parameters(), lr=training.learning_rate, weight_decay=training.weight_decay)
     if members[0].epochs:
         _resume(run_uri, members, ensemble, optimizer)
@@ -251,33 +235,19 @@ def _resume(run_uri: str, members: Sequence[Member], ensemble: HeadEnsemble, opt
         }
 
 
-def train(
-    run: Run, members: list[Member], corpus: Corpus, training: HeadTraining, epochs: int, device: str, workers: int
-) -> list[Member]:
-    """Train what of `members` is not trained up to `epochs`, split over Ray tasks; the members in their order.
+def train(run: Run, members: list[Member], training: HeadTraining, epochs: int, place: Placement) -> list[Member]:
+    """Train what of `members` is not trained up to `epochs`, split over Ray tasks; as `train_members` says."""
+    corpus = measure(run)
+    task = ray.remote(train_heads).options(
+        num_cpus=1, num_gpus=1 if place.device == "cuda" else 0, max_retries=0, num_returns="streaming"
+    )
 
-    Raises
-    ------
-    StageFailed
-        If a worker dies again and again. Finished epochs are kept.
-    """
-    known = {m.seed: m for m in members}
-    for _ in range(TRIES):
-        pending = [m for m in known.values() if m.epochs < epochs]
-        if not pending:
-            return [known[m.seed] for m in members]
-        for member in pending:
-            if not member.epochs:  # what lies there was made from something else
-                storage.remove_tree(run.path(member.folder))
-        try:
-            for group in _side_by_side(_groups(pending, workers), run.uri, corpus, training, epochs, device):
-                known |= {member.seed: member for member in group}
-                say_progress(group, epochs)
-        except (ray.exceptions.WorkerCrashedError, ray.exceptions.NodeDiedError, ray.exceptions.ObjectLostError):
-            known = {m.seed: find_member(run.uri, m.form, m.seed, m.source) for m in members}
-    if any(m.epochs < epochs for m in known.values()):
-        raise StageFailed(f"confusion: training workers died {TRIES} times; finished epochs are kept, start it again")
-    return [known[m.seed] for m in members]
+    def start(pending: list[Member]) -> list[ray.ObjectRefGenerator]:
+        shared = ray.put(corpus)
+        groups = _groups(pending, place.workers)
+        return [task.remote(group, run.uri, shared, training, epochs, place.device) for group in groups]
+
+    return train_members(run, members, epochs, start)
 
 
 def _groups(members: Sequence[Member], workers: int) -> list[list[Member]]:
@@ -290,19 +260,24 @@ def _groups(members: Sequence[Member], workers: int) -> list[list[Member]]:
     return groups
 
 
-def _side_by_side(
-    groups: list[list[Member]], run_uri: str, corpus: Corpus, training: HeadTraining, epochs: int, device: str
-) -> Iterator[list[Member]]:
-    """Yield each group after each of its epochs, whichever comes first."""
-    task = ray.remote(train_heads).options(
-        num_cpus=1, num_gpus=1 if device == "cuda" else 0, max_retries=0, num_returns="streaming"
-    )
-    shared = ray.put(corpus)
-    streams = [task.remote(group, run_uri, shared, training, epochs, device) for group in groups]
-    while streams:
-        ready, streams = ray.wait(streams, num_returns=1)
-        try:
-            yield ray.get(next(ready[0]))
-        except StopIteration:
-            continue
-        streams += ready
+class HeadScorer:
+    """The entropies of all heads, in products of a batch of embeddings with many heads."""
+
+    def __init__(self, run_uri: str, members: Sequence[Member], epochs: int, place: Placement):
+        with ThreadPoolExecutor(16) as pool:  # on an object store each checkpoint is a round trip
+            loads = [[pool.submit(load_epoch, run_uri, m, epoch) for m in members] for epoch in range(1, epochs + 1)]
+            states = [[load.result() for load in epoch] for epoch in loads]
+        self.mean, self.scale = states[0][0]["mean"], states[0][0]["scale"]
+        heads = [[{k: v for k, v in s.items() if k not in ("mean", "scale")} for s in epoch] for epoch in states]
+        self.entropies = HeadEntropies(heads, place.device, place.batch_rows)
+
+    def __call__(self, features: np.ndarray) -> np.ndarray:
+        """Entropies (n, T) in bits of embeddings (n, d)."""
+        x = torch.from_numpy(features.astype(np.float32))
+        return self.entropies((x - self.mean) / self.scale).numpy()
+
+    def shard(self, run_uri: str, shard: int) -> Iterator[tuple[pa.RecordBatch, np.ndarray]]:
+        """(keys, entropies) of a shard's batches."""
+        names = [field.name for field in columns.KEYS] + ["embedding"]
+        for batch in columns.iter_batches(run_uri, columns.EMBEDDINGS, shard, names, batch_rows=8192):
+            yield batch, self(columns.vectors(batch["embedding"]))

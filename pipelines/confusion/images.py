@@ -17,15 +17,14 @@ import torch
 from ops.confusion import epoch_entropies
 from ops.models import Classifier, build_classifier
 from pipelines import columns, storage
-from pipelines.confusion.members import Member, commit_epoch, find_member, load_epoch, say_progress
+from pipelines.confusion.members import Member, Placement, commit_epoch, load_epoch, train_members
 from pipelines.evaluation.predict import Forward, input_batches
-from pipelines.run import Run, StageFailed, fingerprint
+from pipelines.run import Run, StageFailed
 from pipelines.training.checkpoints import read_classifier
 from pipelines.training.loop import Plan, Recipe, Training, Workplace
 from pipelines.training.objective import LossChoice
 from pipelines.training.train import Choices, plan_training
 
-TRIES = 3
 HOLDOUT = 0.02  # the training pipeline needs samples to evaluate on; too few to tell a diverged member by
 RESIDENT_BYTES = 2 << 30  # networks that an actor holds at once
 
@@ -47,6 +46,10 @@ class ImageTraining:
         """The folder's name of such members."""
         return "images-" + "".join(c if c.isalnum() or c in "_-" else "-" for c in self.model)
 
+    def identity(self, epochs: int) -> list[Any]:
+        """What of it a member is made from: its length too, unless the learning rate is constant."""
+        return [dataclasses.asdict(self), None if self.schedule == "constant" else epochs]
+
     def recipe(self, seed: int, epochs: int) -> Recipe:
         """What the training pipeline makes of it; its own ValueError for a value that cannot be."""
         return Recipe(
@@ -62,18 +65,6 @@ class MemberTraining(Training):
         return False
 
 
-def plan_members(run: Run, training: ImageTraining, seeds: Sequence[int], epochs: int) -> list[Member]:
-    """The members that an ensemble consists of, with the epochs that are there already.
-
-    The number of epochs is part of what a member is made from, unless the learning rate is constant.
-    """
-    inputs = [facts["source"] for facts in run.embedding_facts()]
-    length = None if training.schedule == "constant" else epochs
-    values = dataclasses.asdict(training)
-    sources = {seed: fingerprint("confusion member", inputs, values, length, seed) for seed in seeds}
-    return [find_member(run.uri, training.form, seed, source) for seed, source in sources.items()]
-
-
 def plan_network(run: Run, member: Member, training: ImageTraining, epochs: int) -> Plan:
     """A member's training, checked: ValueError for one class only, shards that changed, a model that does not exist."""
     choices = Choices(input="images", model=training.model, holdout=HOLDOUT, image_size=training.image_size)
@@ -81,7 +72,7 @@ def plan_network(run: Run, member: Member, training: ImageTraining, epochs: int)
     return plan_training(run, out, LossChoice("cross_entropy"), training.recipe(member.seed, epochs), choices)
 
 
-def train_network(member: Member, plan: Plan, run_uri: str, device: str) -> Iterator[Member]:
+def train_network(member: Member, plan: Plan, run_uri: str, device: str) -> Iterator[list[Member]]:
     """Ray task: train one member; yields it after each epoch, when that is kept."""
     torch.set_num_threads(1)
     training = MemberTraining(plan, Workplace(device=device))
@@ -91,12 +82,12 @@ def train_network(member: Member, plan: Plan, run_uri: str, device: str) -> Iter
         try:
             metrics = training.run_epoch()
         except StageFailed:  # the loss is not finite: nothing is left to train, the ensemble reports it
-            yield _lost(run_uri, member, training, plan.recipe.epochs)
+            yield [_lost(run_uri, member, training, plan.recipe.epochs)]
             return
         entry = {"loss": metrics["train_loss"], "accuracy": metrics["train_accuracy"]}
         member = commit_epoch(run_uri, member, entry, training.model.state_dict(), {})
         training.save()
-        yield member
+        yield [member]
 
 
 def _lost(run_uri: str, member: Member, training: Training, epochs: int) -> Member:
@@ -107,70 +98,35 @@ def _lost(run_uri: str, member: Member, training: Training, epochs: int) -> Memb
     return member
 
 
-def train(run: Run, members: list[Member], training: ImageTraining, epochs: int, device: str) -> list[Member]:
-    """Train what of `members` is not trained up to `epochs`, each in its own Ray task; the members in their order.
+def train(run: Run, members: list[Member], training: ImageTraining, epochs: int, place: Placement) -> list[Member]:
+    """Train what of `members` is not trained up to `epochs`, each in its own Ray task; as `train_members` says.
 
     Raises
     ------
     ValueError
         For a run that cannot be trained on, or a model that does not exist.
-    StageFailed
-        If workers die again and again. Finished epochs are kept.
     """
-    known = {m.seed: m for m in members}
-    for _ in range(TRIES):
-        pending = [m for m in known.values() if m.epochs < epochs]
-        if not pending:
-            return [known[m.seed] for m in members]
-        for member in pending:
-            if not member.epochs:  # what lies there was made from something else
-                storage.remove_tree(run.path(member.folder))
-        plans = [plan_network(run, member, training, epochs) for member in pending]
-        try:
-            for member in _side_by_side(pending, plans, run.uri, device):
-                known[member.seed] = member
-                say_progress([member], epochs)
-        except (ray.exceptions.WorkerCrashedError, ray.exceptions.NodeDiedError, ray.exceptions.ObjectLostError):
-            known = {m.seed: find_member(run.uri, m.form, m.seed, m.source) for m in members}
-    if any(m.epochs < epochs for m in known.values()):
-        raise StageFailed(f"confusion: training workers died {TRIES} times; finished epochs are kept, start it again")
-    return [known[m.seed] for m in members]
-
-
-def _side_by_side(members: list[Member], plans: list[Plan], run_uri: str, device: str) -> Iterator[Member]:
-    """Yield each member after each of its epochs, whichever comes first; Ray starts as many as there is room for."""
     task = ray.remote(train_network).options(
-        num_cpus=1, num_gpus=1 if device == "cuda" else 0, max_retries=0, num_returns="streaming"
+        num_cpus=1, num_gpus=1 if place.device == "cuda" else 0, max_retries=0, num_returns="streaming"
     )
-    streams = [task.remote(member, plan, run_uri, device) for member, plan in zip(members, plans)]
-    while streams:
-        ready, streams = ray.wait(streams, num_returns=1)
-        try:
-            yield ray.get(next(ready[0]))
-        except StopIteration:
-            continue
-        streams += ready
 
+    def start(pending: list[Member]) -> list[ray.ObjectRefGenerator]:
+        plans = [plan_network(run, member, training, epochs) for member in pending]
+        return [task.remote(member, plan, run.uri, place.device) for member, plan in zip(pending, plans)]
 
-def commonest_share(run: Run) -> float:
-    """Share of the commonest class among the labelled samples."""
-    counts = np.zeros(len(run.classes), np.int64)
-    for shard in range(len(run.shards)):
-        labels = columns.labels_or_minus_one(columns.read(run.uri, columns.EMBEDDINGS, shard, ["label"])["label"])
-        counts += np.bincount(labels[labels >= 0], minlength=len(counts))
-    return float(counts.max() / max(1, counts.sum()))
+    return train_members(run, members, epochs, start)
 
 
 class NetworkScorer:
     """The entropies of networks that see a shard's images, as many epochs at a time as fit in memory."""
 
-    def __init__(self, run_uri: str, members: Sequence[Member], epochs: int, plan: Any):
-        self.run_uri, self.members, self.epochs, self.device = run_uri, members, epochs, plan.device
+    def __init__(self, run_uri: str, members: Sequence[Member], epochs: int, place: Placement):
+        self.run_uri, self.members, self.epochs, self.device = run_uri, members, epochs, place.device
         self.template: Classifier = read_classifier(storage.join(run_uri, members[0].folder, "training/last"))
         size = sum(t.numel() * t.element_size() for t in self.template.state_dict().values())
         step = max(1, RESIDENT_BYTES // (size * len(members)))
         self.chunks = [range(first, min(first + step, epochs)) for first in range(0, epochs, step)]
-        self.batch_rows = plan.batch_rows or 256
+        self.batch_rows = place.batch_rows or 256
         self.resident = self._load(self.chunks[0]) if len(self.chunks) == 1 else None
 
     def shard(self, run_uri: str, shard: int) -> Iterator[tuple[pa.Table, np.ndarray]]:

@@ -1,4 +1,4 @@
-"""The members of a confusion ensemble in a run: one small checkpoint per member and epoch, and how its training went.
+"""The members of a confusion ensemble in a run: one small checkpoint per member and epoch, how its training went and goes on.
 
     models/confusion/FORM/seed-0000/
       member.json                what it was made from (`source`), loss and accuracy of each finished epoch
@@ -13,16 +13,29 @@ import dataclasses
 import json
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import ray
 import safetensors.torch
 import torch
 
 from pipelines import storage
+from pipelines.run import Run, StageFailed, fingerprint
 
 FOLDER = "models/confusion"
+TRIES = 3  # of a training whose workers die
 State = dict[str, torch.Tensor]
+
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+    """Where an ensemble is trained and scored. None of it changes a score."""
+
+    device: str = "cpu"
+    workers: int = 1
+    cpus_per_worker: float = 1.0
+    batch_rows: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +67,58 @@ class Member:
         if accuracy <= commonest:
             return f"accuracy {accuracy:.3f} after {epochs} epochs, the commonest class has {commonest:.3f}"
         return None
+
+
+def plan_members(run: Run, form: str, identity: Sequence[Any], seeds: Sequence[int]) -> list[Member]:
+    """The members that an ensemble consists of, with the epochs that are there already.
+
+    A member is made from the run's shards, how it is trained (`identity`, JSON-able) and its seed.
+    """
+    inputs = [facts["source"] for facts in run.embedding_facts()]
+    sources = {seed: fingerprint("confusion member", inputs, *identity, seed) for seed in seeds}
+    return [find_member(run.uri, form, seed, source) for seed, source in sources.items()]
+
+
+def train_members(
+    run: Run, members: Sequence[Member], epochs: int, start: Callable[[list[Member]], list[ray.ObjectRefGenerator]]
+) -> list[Member]:
+    """Train what of `members` is not trained up to `epochs`; the members in their order.
+
+    Parameters
+    ----------
+    start : callable
+        Starts tasks for members that lack epochs, which yield lists of members after each epoch that they have kept.
+
+    Raises
+    ------
+    StageFailed
+        If workers die again and again. Finished epochs are kept.
+    """
+    known = {m.seed: m for m in members}
+    for _ in range(TRIES):
+        pending = [m for m in known.values() if m.epochs < epochs]
+        for member in pending:
+            if not member.epochs:  # what lies there was made from something else
+                storage.remove_tree(run.path(member.folder))
+        try:
+            for group in _as_they_come(start(pending) if pending else []):
+                known |= {member.seed: member for member in group}
+                say_progress(group, epochs)
+            return [known[m.seed] for m in members]
+        except (ray.exceptions.WorkerCrashedError, ray.exceptions.NodeDiedError, ray.exceptions.ObjectLostError):
+            known = {m.seed: find_member(run.uri, m.form, m.seed, m.source) for m in members}
+    raise StageFailed(f"confusion: training workers died {TRIES} times; finished epochs are kept, start it again")
+
+
+def _as_they_come(streams: list[ray.ObjectRefGenerator]) -> Iterator[list[Member]]:
+    """What streaming tasks yield, whichever comes first."""
+    while streams:
+        ready, streams = ray.wait(streams, num_returns=1)
+        try:
+            yield ray.get(next(ready[0]))
+        except StopIteration:
+            continue
+        streams += ready
 
 
 def find_member(run_uri: str, form: str, seed: int, source: str) -> Member:

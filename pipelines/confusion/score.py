@@ -9,11 +9,9 @@ shard computed twice is written twice the same, and what waits in memory does no
 load M × T checkpoints again for each shard (or move them to the GPU), so it is actors here, not `pipelines.tasks`.
 """
 
-import dataclasses
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -21,9 +19,8 @@ import ray
 import torch
 from ray.data import ActorPoolStrategy
 
-from ops.head_ensemble import HeadEntropies
-from pipelines import columns
-from pipelines.confusion.members import Member, find_member, load_epoch, report
+from pipelines import columns, storage
+from pipelines.confusion.members import Member, Placement, report
 from pipelines.curation import percentiles
 from pipelines.progress import Progress
 from pipelines.run import Run, StageFailed, fingerprint
@@ -41,57 +38,15 @@ SCHEMA = pa.schema(
 )
 
 
-class Training(Protocol):
-    """How members are made: `HeadTraining` or `ImageTraining`."""
-
-    model: str
-
-    @property
-    def form(self) -> str: ...
-
-
-@dataclasses.dataclass(frozen=True)
-class ScoringPlan:
-    """The actors of a scoring pass. None of it changes a score."""
-
-    device: str = "cpu"
-    workers: int = 1
-    cpus_per_worker: float = 1.0
-    batch_rows: int | None = None
-
-
-class HeadScorer:
-    """The entropies of all heads, in products of a batch of embeddings with many heads."""
-
-    def __init__(self, run_uri: str, members: Sequence[Member], epochs: int, plan: ScoringPlan):
-        with ThreadPoolExecutor(16) as pool:  # on an object store each checkpoint is a round trip
-            loads = [[pool.submit(load_epoch, run_uri, m, epoch) for m in members] for epoch in range(1, epochs + 1)]
-            states = [[load.result() for load in epoch] for epoch in loads]
-        self.mean, self.scale = states[0][0]["mean"], states[0][0]["scale"]
-        heads = [[{k: v for k, v in s.items() if k not in ("mean", "scale")} for s in epoch] for epoch in states]
-        self.entropies = HeadEntropies(heads, plan.device, plan.batch_rows)
-
-    def __call__(self, features: np.ndarray) -> np.ndarray:
-        """Entropies (n, T) in bits of embeddings (n, d)."""
-        x = torch.from_numpy(features.astype(np.float32))
-        return self.entropies((x - self.mean) / self.scale).numpy()
-
-    def shard(self, run_uri: str, shard: int) -> Iterator[tuple[pa.RecordBatch, np.ndarray]]:
-        """(keys, entropies) of a shard's batches."""
-        names = [field.name for field in columns.KEYS] + ["embedding"]
-        for batch in columns.iter_batches(run_uri, columns.EMBEDDINGS, shard, names, batch_rows=8192):
-            yield batch, self(columns.vectors(batch["embedding"]))
-
-
 class ScoreShards:
     """Ray Data actor: shard numbers in, the shards' rows out; their confusion files are written on the way."""
 
     def __init__(
-        self, scorer: type, members_uri: str, members: Sequence[Member], epochs: int, plan: ScoringPlan, run_uri: str
+        self, scorer: type, members_uri: str, members: Sequence[Member], epochs: int, place: Placement, run_uri: str
     ):
-        torch.set_num_threads(max(1, int(plan.cpus_per_worker)))
+        torch.set_num_threads(max(1, int(place.cpus_per_worker)))
         self.run_uri, self.epochs, self.seeds = run_uri, epochs, len(members)
-        self.scorer = scorer(members_uri, members, epochs, plan)
+        self.scorer = scorer(members_uri, members, epochs, place)
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         shards, sources = batch["shard"].tolist(), batch["source"].tolist()
@@ -119,17 +74,6 @@ def confusion_table(keys: pa.RecordBatch | pa.Table, entropies: np.ndarray, seed
     return pa.table({name: data.get(name, unknown) for name in SCHEMA.names}).cast(SCHEMA)
 
 
-def plan_members(run: Run, training: Training, seeds: Sequence[int]) -> list[Member]:
-    """The members that an ensemble consists of, with the epochs that are there already.
-
-    A member is made from the run's shards, how it is trained and its seed. The number of epochs is no part of that: a
-    longer training goes on from a shorter one.
-    """
-    inputs = [facts["source"] for facts in run.embedding_facts()]
-    sources = {seed: fingerprint("confusion member", inputs, dataclasses.asdict(training), seed) for seed in seeds}
-    return [find_member(run.uri, training.form, seed, source) for seed, source in sources.items()]
-
-
 def usable(members: Sequence[Member], epochs: int, commonest: float, drop: bool) -> tuple[list[Member], dict[int, str]]:
     """The members to score with, and why others diverged (by seed).
 
@@ -152,7 +96,7 @@ def usable(members: Sequence[Member], epochs: int, commonest: float, drop: bool)
 def check_same_encoder(run: Run, other: Run) -> None:
     """ValueError unless heads trained on one run's embeddings understand the other's."""
     ours, theirs = run.config, other.config
-    if ours.encoder_fingerprint != theirs.encoder_fingerprint or ours.normalize != theirs.normalize:
+    if not ours.same_embedding(theirs):
         raise ValueError(
             f"--score-run {other.uri}: embedded with {theirs.encoder!r}, the members learnt from {ours.encoder!r} "
             f"embeddings of {run.uri}; embed it with the same encoder, or take --input images"
@@ -160,7 +104,7 @@ def check_same_encoder(run: Run, other: Run) -> None:
 
 
 def score(
-    run: Run, trained: Run, members: Sequence[Member], epochs: int, scorer: type, plan: ScoringPlan
+    run: Run, trained: Run, members: Sequence[Member], epochs: int, scorer: type, place: Placement
 ) -> dict[str, Any]:
     """Write `confusion/` of `run` with members of the run `trained` (it may be the same), where it is missing or old.
 
@@ -185,8 +129,8 @@ def score(
     # New shards change every percentile but no older score: files that were scored are only completed again.
     incomplete, pending = percentiles.what_is_left(run, CONFUSION, sources, final)
     progress = Progress(CONFUSION, len(pending), skipped=len(facts) - len(pending))
-    constructor = (scorer, trained.uri, tuple(members), epochs, plan, run.uri)
-    for shard, rows in _score_shards(pending, sources, constructor, plan):
+    constructor = (scorer, trained.uri, tuple(members), epochs, place, run.uri)
+    for shard, rows in _score_shards(pending, sources, constructor, place):
         if rows != facts[shard]["rows"]:
             raise StageFailed(f"confusion: shard {shard} has {facts[shard]['rows']} embeddings, {rows} were scored")
         progress.shard(rows)
@@ -212,7 +156,7 @@ def _complete(run: Run, shards: Sequence[int], sources: Sequence[str], reference
 
 
 def _score_shards(
-    pending: Sequence[int], sources: Sequence[str], constructor: tuple, plan: ScoringPlan
+    pending: Sequence[int], sources: Sequence[str], constructor: tuple, place: Placement
 ) -> Iterator[tuple[int, int]]:
     """Yield (shard, rows) as shards are written."""
     if not pending:
@@ -223,9 +167,9 @@ def _score_shards(
         ScoreShards,
         fn_constructor_args=constructor,
         batch_size=1,
-        compute=ActorPoolStrategy(size=min(plan.workers, len(items))),
-        num_cpus=plan.cpus_per_worker,
-        num_gpus=1 if plan.device == "cuda" else 0,
+        compute=ActorPoolStrategy(size=min(place.workers, len(items))),
+        num_cpus=place.cpus_per_worker,
+        num_gpus=1 if place.device == "cuda" else 0,
         max_restarts=2,
         max_task_retries=2,
     )
@@ -233,5 +177,6 @@ def _score_shards(
         for batch in dataset.iter_batches(batch_size=None, prefetch_batches=0):
             yield from zip(batch["shard"].tolist(), batch["rows"].tolist())
     except (ray.exceptions.RayActorError, ray.exceptions.WorkerCrashedError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise StageFailed(f"confusion: a scoring worker died ({reason}); finished shards are kept") from error
+        raise StageFailed(
+            f"confusion: a scoring worker died ({storage.first_line(error)}); finished shards are kept"
+        ) from error

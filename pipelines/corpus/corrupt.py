@@ -39,7 +39,7 @@ RECORD = "corruption.json"
 
 
 @dataclasses.dataclass(frozen=True)
-class Recipe:
+class Corruption:
     """One corruption of all shards; `seed` and a sample's place decide its randomness."""
 
     kind: str
@@ -101,11 +101,11 @@ def corrupt_shards(
         raise ValueError("--kinds and --severities: at least one of each")
     storage.check_writable(out)
     started = time.monotonic()
-    recipes = [Recipe(kind, severity, seed) for kind in kinds for severity in dict.fromkeys(severities)]
+    corruptions = [Corruption(kind, severity, seed) for kind in kinds for severity in dict.fromkeys(severities)]
     names = output_names(shards)
     items = [
-        (number, shard, storage.join(out, recipe.folder, name), recipe)
-        for recipe in recipes
+        (number, shard, storage.join(out, corruption.folder, name), corruption)
+        for corruption in corruptions
         for number, (shard, name) in enumerate(zip(shards, names))
     ]
     pending = [item for item in items if not _done(item[2], item[1], item[3])]
@@ -120,7 +120,7 @@ def corrupt_shards(
         "shards_done": len(pending),
         "shards_skipped": len(items) - len(pending),
         "seconds": time.monotonic() - started,
-        "folders": [storage.join(out, recipe.folder) for recipe in recipes],
+        "folders": [storage.join(out, corruption.folder) for corruption in corruptions],
     }
 
 
@@ -131,18 +131,18 @@ def output_names(shards: Sequence[Shard]) -> list[str]:
     return [name if count[name] == 1 else f"{number:06d}-{name}" for number, name in enumerate(names)]
 
 
-def _done(target: str, shard: Shard, recipe: Recipe) -> bool:
+def _done(target: str, shard: Shard, corruption: Corruption) -> bool:
     try:
-        return json.loads(storage.read_bytes(f"{target}.json"))["source"] == _source(shard, recipe)
+        return json.loads(storage.read_bytes(f"{target}.json"))["source"] == _source(shard, corruption)
     except (FileNotFoundError, ValueError, KeyError):
         return False
 
 
-def _source(shard: Shard, recipe: Recipe) -> str:
-    return fingerprint("corrupt", dataclasses.asdict(shard), dataclasses.asdict(recipe))
+def _source(shard: Shard, corruption: Corruption) -> str:
+    return fingerprint("corrupt", dataclasses.asdict(shard), dataclasses.asdict(corruption))
 
 
-def corrupt_shard(number: int, shard: Shard, target: str, recipe: Recipe) -> dict[str, int]:
+def corrupt_shard(number: int, shard: Shard, target: str, corruption: Corruption) -> dict[str, int]:
     """Ray task: one corrupted copy of a shard and, written last, the record that marks it done."""
     torch.set_num_threads(1)
     good = set(_good_rows(number, shard))
@@ -153,7 +153,7 @@ def corrupt_shard(number: int, shard: Shard, target: str, recipe: Recipe) -> dic
     ):
         for row, members in _samples(shard, good):
             try:
-                members = [_corrupted(name, data, (recipe.seed, number, row), recipe) for name, data in members]
+                members = [_corrupted(name, data, (corruption.seed, number, row), corruption) for name, data in members]
             except ImageError:  # it would be left out when it is embedded, as in the original
                 bad += 1
                 continue
@@ -163,7 +163,7 @@ def corrupt_shard(number: int, shard: Shard, target: str, recipe: Recipe) -> dic
                 tar.addfile(header, io.BytesIO(data))
             written += 1
     counts = {"samples": written, "left_out": bad}
-    record = {"source": _source(shard, recipe), **dataclasses.asdict(recipe), "shard": shard.url, **counts}
+    record = {"source": _source(shard, corruption), **dataclasses.asdict(corruption), "shard": shard.url, **counts}
     storage.write_text_atomic(f"{target}.json", json.dumps(record) + "\n")
     return counts
 
@@ -199,12 +199,12 @@ def _samples(shard: Shard, good: set[int]) -> Iterator[tuple[int, list[tuple[str
         yield row, members
 
 
-def _corrupted(name: str, data: bytes, seed: tuple[int, int, int], recipe: Recipe) -> tuple[str, bytes]:
+def _corrupted(name: str, data: bytes, seed: tuple[int, int, int], corruption: Corruption) -> tuple[str, bytes]:
     """A member's new name and bytes: images corrupted and as PNG, all else as it is."""
     stem, _, suffix = name.rpartition(".")
     if suffix.lower() not in IMAGE_SUFFIXES:
         return name, data
-    picture = corrupt(decode_image(data, max_pixels=recipe.max_pixels), recipe.kind, recipe.severity, seed)
+    picture = corrupt(decode_image(data, max_pixels=corruption.max_pixels), corruption.kind, corruption.severity, seed)
     stream = io.BytesIO()
     Image.fromarray(np.ascontiguousarray(picture.permute(1, 2, 0).numpy())).save(stream, "PNG")
     return f"{stem}.png", stream.getvalue()

@@ -27,6 +27,12 @@ class _Found(NamedTuple):
     info: pafs.FileInfo
 
 
+def evenly(total: int, count: int) -> list[int]:
+    """At most `count` positions in [0, total), evenly spread, ascending: which shards stand for all."""
+    count = min(total, count)
+    return [int((2 * place + 1) * total / (2 * count)) for place in range(count)]
+
+
 def find_shards(spec: str) -> list[_Found]:
     """The files that a shard list names, in order; ValueErrors as in `pipelines.corpus.shards.expand_shards`."""
     found = [file for source in _sources(spec) for file in _expand(source)]
@@ -56,7 +62,7 @@ def _expand(source: str, nested: bool = False) -> list[_Found]:
     globs = {name for name in names if _is_glob(name)}
     plain = {name: storage.absolute(name) for name in names if name not in globs}
     urls = list(plain.values())
-    infos = dict(zip(urls, _look_up(urls, source)))
+    infos = dict(zip(urls, look_up(urls, source)))
     _check_there(source, infos)
     if len(names) == 1 and not nested and urls and _is_list(urls[0], infos[urls[0]]):
         return _from_list(urls[0])
@@ -85,7 +91,9 @@ def _is_glob(name: str) -> bool:
     return local is None or not local.exists()
 
 
-def _look_up(urls: list[str], source: str) -> list[pafs.FileInfo]:
+def look_up(urls: list[str], source: str) -> list[pafs.FileInfo]:
+    """What the store says of each URL, side by side or by listings; ValueError, which names `source`, where it cannot."""
+
     def info(url: str) -> pafs.FileInfo:
         filesystem, path = storage.open_filesystem(url)
         return filesystem.get_file_info(path)
@@ -99,7 +107,7 @@ def _look_up(urls: list[str], source: str) -> list[pafs.FileInfo]:
             found.update(zip(single, pool.map(info, single)))
         return [found[url] for url in urls]
     except (OSError, ValueError) as error:
-        raise ValueError(f"--shards {source}: the shards can't be looked up ({_line(error)})") from error
+        raise ValueError(f"--shards {source}: the shards can't be looked up ({storage.first_line(error)})") from error
 
 
 def _listed_together(urls: list[str]) -> dict[str, pafs.FileInfo]:
@@ -170,7 +178,9 @@ def _listed(folder: str, recursive: bool) -> list[tuple[str, pafs.FileInfo]]:
     try:
         return storage.list_infos(folder, recursive=recursive)
     except (OSError, ValueError) as error:
-        raise ValueError(f"--shards {folder}: the shards there can't be listed ({_line(error)})") from error
+        raise ValueError(
+            f"--shards {folder}: the shards there can't be listed ({storage.first_line(error)})"
+        ) from error
 
 
 def _is_list(url: str, info: pafs.FileInfo) -> bool:
@@ -203,7 +213,7 @@ def _expand_lines(sources: list[str]) -> list[_Found]:
     plain = [source for source in sources if not _MAGIC.search(source) and "{" not in source and "}" not in source]
     url_of = {source: storage.absolute(source) for source in plain}
     urls = list(url_of.values())
-    infos = dict(zip(urls, _look_up(urls, "list file")))
+    infos = dict(zip(urls, look_up(urls, "list file")))
     _check_there(f"{len(sources)} lines", infos)
     patterns = set(sources) - set(plain)
     groups: Iterable[list[_Found]] = (
@@ -221,7 +231,3 @@ def _checked(file: _Found) -> _Found:
     if file.info.path.endswith(_COMPRESSED):
         raise ValueError(f"--shards {file.url}: a compressed shard; shards are plain .tar (images don't shrink anyway)")
     return file
-
-
-def _line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, BinaryIO, NamedTuple
 
+import numpy as np
 import pyarrow as pa
 import ray
 from ray.data.block import BlockMetadata
@@ -177,8 +178,27 @@ def read_shard(
             _wait_or_raise(shard.url, attempt, error)
 
 
+def iter_images(number: int, shard: Shard, rows: np.ndarray) -> Iterator[tuple[np.ndarray, list[bytes]]]:
+    """(rows, encoded images) of chosen samples, ascending `rows` (n,), block by block in shard order.
+
+    For whole corpora: one block in memory, and what lies behind the last row is not read. A row whose image is not there
+    any more is missing from what comes; the caller knows what it wanted.
+    """
+    if not len(rows):
+        return
+    # Without labels: they come from the run, and a sample is wanted because it was good when it was embedded.
+    for table in read_shard(number, shard, LabelSource("none")):
+        good = table.filter(table["image"].is_valid())
+        there = good["row"].to_numpy()
+        keep = np.flatnonzero(np.isin(there, rows, assume_unique=True))
+        if len(keep):
+            yield there[keep], good["image"].take(pa.array(keep)).to_pylist()
+        if len(there) and there[-1] >= rows[-1]:
+            return
+
+
 def read_images(shard: Shard, rows: Sequence[int]) -> list[tuple[int, bytes]]:
-    """(row, encoded image) of chosen samples of a shard, in its order; what lies behind the last one is not read.
+    """(row, encoded image) of a few samples of a shard at once, in its order; the rest is passed over, not held.
 
     StorageError if the storage fails, its kind ShardChanged if the shard does not hold a row's image any more.
     """

@@ -17,8 +17,8 @@ import pyarrow as pa
 
 from ops.images import ImageError, decode_image
 from pipelines.corpus.samples import LabelSource
+from pipelines.corpus.shardlist import evenly
 from pipelines.corpus.shards import Shard, read_shard
-from pipelines.planning.plan import evenly
 from pipelines.progress import Progress
 from pipelines.tasks import in_order
 

@@ -10,7 +10,7 @@ import time
 
 import numpy as np
 
-from ops.arrays import import_cupy
+from ops.arrays import on_device, to_numpy
 from ops.difficulty import Reference
 from ops.gaussian import Gaussians, GaussianStats
 from pipelines import columns, storage
@@ -65,7 +65,7 @@ def shard_statistics(
         for name in names[1:]:
             features = columns.vectors(batch[name]).reshape(-1, pilot.shape[0])
             repeats = np.repeat(labels, len(features) // max(1, len(labels)))
-            stats.update(_on(device, features), _on(device, repeats) if num_classes else None)
+            stats.update(on_device(features, device), on_device(repeats, device) if num_classes else None)
     return stats
 
 
@@ -75,13 +75,9 @@ def shard_reference(shard: int, run_uri: str, gaussians: Gaussians, device: str)
     for batch in columns.iter_batches(run_uri, columns.EMBEDDINGS, shard, ["label", "embedding"]):
         labels = columns.labels_or_minus_one(batch["label"])
         features = columns.vectors(batch["embedding"]).astype(np.float64)
-        rmd = gaussians.distances(_on(device, features), _on(device, labels)).rmd
-        sums = sums.add(ReferenceSums.of(rmd if isinstance(rmd, np.ndarray) else rmd.get()))
+        rmd = gaussians.distances(on_device(features, device), on_device(labels, device)).rmd
+        sums = sums.add(ReferenceSums.of(to_numpy(rmd)))
     return sums
-
-
-def _on(device: str, array: np.ndarray) -> np.ndarray:
-    return import_cupy().asarray(array) if device == "cuda" else array
 
 
 def fit(run: Run, shrinkage: str | float = "auto", device: str = "cpu") -> dict:
@@ -157,10 +153,7 @@ def adopt(run: Run, other: Run) -> dict:
 
 def check_adoptable(run: Run, other: Run) -> None:
     """ValueError unless the other run has Gaussians of this run's encoder; costs no look at the embeddings."""
-    if (
-        other.config.encoder_fingerprint != run.config.encoder_fingerprint
-        or other.config.normalize != run.config.normalize
-    ):
+    if not run.config.same_embedding(other.config):
         raise ValueError(
             f"--gaussians {other.uri}: fitted on encoder {other.config.encoder!r}, this run used {run.config.encoder!r}; "
             "distances need the same encoder"

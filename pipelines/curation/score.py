@@ -8,12 +8,12 @@ from collections.abc import Sequence
 import numpy as np
 import pyarrow as pa
 
-from ops.arrays import to_numpy
+from ops.arrays import on_device, to_numpy
 from ops.difficulty import Reference, difficulty_weight, fit_centers, kmeans_difficulty
 from ops.gaussian import Gaussians
 from pipelines import columns, storage
 from pipelines.curation import percentiles
-from pipelines.curation.fit import _on, load_gaussians
+from pipelines.curation.fit import load_gaussians
 from pipelines.run import Run, fingerprint
 from pipelines.summary import group_summary
 from pipelines.tasks import in_order, write_shards
@@ -70,7 +70,7 @@ def _score_batch(
     features = columns.vectors(batch["embedding"])
     labels = columns.labels_or_minus_one(batch["label"])
     # In float64: rmd is a small difference of two large distances, which float32 rounds to steps of 1e-4 of its spread.
-    scores = gaussians.scores(_on(device, features.astype(np.float64)), _on(device, labels))
+    scores = gaussians.scores(on_device(features.astype(np.float64), device), on_device(labels, device))
     values = {
         name: to_numpy(getattr(scores, name))
         for name in ("md", "md_agn", "rmd", "nearest_class", "nearest_md", "margin")

@@ -173,12 +173,6 @@ def write_subset(
     return table.append_column("subset_key", pa.array([w.key for w in written], pa.string())).cast(MANIFEST_SCHEMA)
 
 
-def check_name(name: str) -> None:
-    """ValueError unless `name` is that of a plain folder."""
-    if not name or name != name.strip(".") or any(c in name for c in "/\\") or not name.isprintable():
-        raise ValueError(f"--name {name!r}: expected a plain folder name")
-
-
 def select(run: Run, rule: Rule, name: str = "hard", samples_per_shard: int = 1000) -> dict:
     """Write the subset `name` of a run: shards, manifest.parquet, uids.npy and a dataset card.
 
@@ -187,7 +181,7 @@ def select(run: Run, rule: Rule, name: str = "hard", samples_per_shard: int = 10
     ValueError
         If the column is not there, or the name is not a plain folder name.
     """
-    check_name(name)
+    columns.check_name("--name", name)
     source = fingerprint("subset", dataclasses.asdict(rule), _column_sources(run, rule.by), samples_per_shard)
     before = run.record["stages"].get(f"select/{name}")
     if before and before["source"] == source and storage.exists(run.path("subsets", name, "manifest.parquet")):

@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 
 from ops.calibration import MetaCalibration, TemperatureScaling, calibrator_from_dict
-from ops.models import Classifier, load_classifier, update_extra
+from ops.models import Classifier
 from pipelines import columns, storage
 from pipelines.evaluation.outcomes import Calibrator, PredictionSet, held_out_logits
 from pipelines.run import Run
+from pipelines.training.checkpoints import annotate_classifier, read_classifier
 
 METHODS = ("temperature", "meta_misclassification", "meta_accuracy")
 
@@ -82,7 +83,7 @@ def save_calibration(
     if checkpoint_digest(folder) != facts.get("checkpoint_digest"):
         return None
     fitted_on = {"run": fitted.run_uri, "predictions": fitted.name, "shards": list(fitted.shards)}
-    update_extra(folder, calibration={"name": method, **calibrator.to_dict(), "fitted_on": fitted_on})
+    annotate_classifier(folder, calibration={"name": method, **calibrator.to_dict(), "fitted_on": fitted_on})
     return folder
 
 
@@ -98,7 +99,7 @@ def calibrator_of(extra: dict[str, Any]) -> tuple[str | None, Calibrator | None]
 
 def checkpoint_digest(folder: str) -> str:
     """sha256 of a checkpoint's weights and of what they are built into; a calibration added later does not change it."""
-    return classifier_digest(load_classifier(folder))
+    return classifier_digest(read_classifier(folder))
 
 
 def classifier_digest(model: Classifier) -> str:

@@ -24,7 +24,7 @@ from pipelines.evaluation.evaluate import (
     separation,
     undefined_notes,
 )
-from pipelines.evaluation.outcomes import PredictionSet, check_name, check_rows, load_outcomes, shard_logits
+from pipelines.evaluation.outcomes import PredictionSet, check_rows, load_outcomes, shard_logits
 from pipelines.run import Run
 from pipelines.tasks import in_order
 
@@ -39,9 +39,9 @@ def trust_schema() -> pa.Schema:
 
 def trust_facts(run: Run, name: str) -> dict[str, Any]:
     """What a trust set says of itself; ValueError where shards lack it. Empty for one not written by hardset."""
-    check_name("--trust", name)
+    columns.check_name("--trust", name)
     group = f"{TRUST}/{name}"
-    missing = [s for s in range(len(run.shards)) if not storage.exists(run.path(columns.file_name(group, s)))]
+    missing = columns.missing(run.uri, group, len(run.shards))
     if missing:
         raise ValueError(
             f"--trust {name}: {run.uri} has no {group} for {len(missing)} of its {len(run.shards)} shards; "
@@ -178,10 +178,7 @@ def _detection(values: np.ndarray, is_inside: np.ndarray, replicates: int, seed:
 def _no_rmd(run: Run, other: Run) -> str | None:
     if not storage.exists(run.path(GAUSSIANS)) or not run.stage("fit")["classes"]:
         return f"no rmd: {run.uri} has no class Gaussians; run hardset fit, or score it with --gaussians"
-    if (
-        run.config.encoder_fingerprint != other.config.encoder_fingerprint
-        or run.config.normalize != other.config.normalize
-    ):
+    if not run.config.same_embedding(other.config):
         return f"no rmd: {run.uri} and {other.uri} were embedded by different encoders"
     return None
 

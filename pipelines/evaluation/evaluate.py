@@ -62,14 +62,14 @@ RANKING = ("aurc", "e_aurc", "augrc", *DetectionMetrics._fields)
 
 
 @dataclasses.dataclass(frozen=True)
-class Grouping:
+class Slicing:
     """Groups by a column of the run: by a rule of edges or quantiles, or, without one, by its values."""
 
     column: str
     rule: GroupRule | None = None
 
     @classmethod
-    def parse(cls, text: str) -> "Grouping":
+    def parse(cls, text: str) -> "Slicing":
         """From 'GROUP.COLUMN', or with edges as `GroupRule.parse` takes them; ValueError otherwise."""
         try:
             rule = GroupRule.parse(text) if ":" in text else None
@@ -79,9 +79,9 @@ class Grouping:
             raise ValueError(f"--groups {text}: {str(error).removeprefix(f'--groups {text}: ')}") from None
         return cls(column, rule)
 
-    def resolve(self, run: Run) -> "Grouping":
+    def resolve(self, run: Run) -> "Slicing":
         """With edges in the place of quantiles."""
-        return self if self.rule is None else Grouping(self.column, self.rule.resolve(run))
+        return self if self.rule is None else Slicing(self.column, self.rule.resolve(run))
 
     def parts(self, values: np.ndarray) -> dict[str, np.ndarray]:
         """Name and rows (bool) of each group; samples without a value are in none."""
@@ -126,7 +126,7 @@ def evaluate(
     predictions: PredictionSet,
     calibrator: Calibrator | None = None,
     name: str | None = None,
-    grouping: Grouping | None = None,
+    slicing: Slicing | None = None,
     replicates: int = 200,
     seed: int = 0,
 ) -> Evaluation:
@@ -141,7 +141,7 @@ def evaluate(
         Applied to the logits first.
     name : str, optional
         How the result is called; by default as the predictions.
-    grouping : Grouping, optional
+    slicing : Slicing, optional
         Groups for the worst-group accuracy.
     replicates, seed : int
         Of the bootstrap; 0 leaves the intervals out.
@@ -151,12 +151,12 @@ def evaluate(
     ValueError
         What `load_outcomes` and `columns.join` refuse.
     """
-    extras = [grouping.column] if grouping else []
+    extras = [slicing.column] if slicing else []
     by_difficulty = _has_difficulty(run)
     outcomes = load_outcomes(predictions, calibrator, [*extras, "difficulty.rmd"] if by_difficulty else extras)
     metrics, notes = _overall(outcomes), []
     metrics |= _class_wise(predictions, calibrator, outcomes)
-    groups = grouping.resolve(run).parts(outcomes.extras[grouping.column]) if grouping else {}
+    groups = slicing.resolve(run).parts(outcomes.extras[slicing.column]) if slicing else {}
     slices = _slices(outcomes, run.classes, outcomes.extras.get("difficulty.rmd"), groups)
     metrics |= _worst(slices)
     selective = {kind: _selective(values, outcomes.correct) for kind, values in outcomes.confidences.items()}

@@ -6,6 +6,7 @@ taken in float64: in float32 confident predictions become ties at 1. Held at a t
 
 import dataclasses
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pyarrow as pa
@@ -28,12 +29,6 @@ def predictions_schema(num_classes: int) -> pa.Schema:
     fields = [*columns.KEYS, columns.LABEL, pa.field("logits", pa.list_(pa.float32(), num_classes))]
     fields.append(pa.field("prediction", pa.int64()))
     return pa.schema([*fields, columns.score_field("predictions.confidence")])
-
-
-def check_name(option: str, name: str) -> None:
-    """A name of a prediction set or trust set is that of a folder; ValueError otherwise."""
-    if not name or name != name.strip(". ") or any(c in name for c in "/\\:") or not name.isprintable():
-        raise ValueError(f"{option} {name!r}: expected a plain folder name")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,16 +57,18 @@ def open_predictions(run: Run, name: str) -> PredictionSet:
     ValueError
         With what is missing, or the class counts that differ.
     """
-    check_name("--predictions", name)
+    columns.check_name("--predictions", name)
     shards = range(len(run.shards))
-    missing = [s for s in shards if not storage.exists(run.path(columns.file_name(f"{PREDICTIONS}/{name}", s)))]
+    missing = columns.missing(run.uri, f"{PREDICTIONS}/{name}", len(shards))
     if missing:
         have = sorted({path.split("/")[-2] for path in storage.list_files(run.path(PREDICTIONS), ".parquet")})
         raise ValueError(
             f"--predictions {name}: {run.uri} has no predictions/{name} for {len(missing)} of its {len(shards)} shards "
             f"(first: {missing[0]}); run hardset predict --name {name}{', or take one of ' + ', '.join(have) if have else ''}"
         )
-    widths = {width: shard for shard in shards if (width := _width(run, name, shard)) is not None}
+    with ThreadPoolExecutor(columns.FOOTER_THREADS) as pool:
+        found = pool.map(lambda shard: _width(run, name, shard), shards)
+        widths = {width: shard for shard, width in zip(shards, found) if width is not None}
     if not widths:
         raise ValueError(f"--predictions {name}: it has no rows")
     if len(widths) > 1:

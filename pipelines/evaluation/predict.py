@@ -15,10 +15,9 @@ from scipy.special import softmax
 
 from ops.models import Classifier
 from pipelines import columns
-from pipelines.corpus.samples import LabelSource
-from pipelines.corpus.shards import Shard, read_shard
+from pipelines.corpus.shards import Shard, iter_images
 from pipelines.evaluation.calibrate import calibrator_of, classifier_digest
-from pipelines.evaluation.outcomes import PREDICTIONS, Calibrator, calibrated, check_name, predictions_schema
+from pipelines.evaluation.outcomes import PREDICTIONS, Calibrator, calibrated, predictions_schema
 from pipelines.run import Run, StageFailed, fingerprint
 from pipelines.tasks import write_shards
 from pipelines.training.decode import PictureDecoder
@@ -86,7 +85,7 @@ def predict(
     StageFailed
         If a shard no longer holds the samples that were embedded.
     """
-    check_name("--name", name)
+    columns.check_name("--name", name)
     check_fits(run, model)
     started = time.monotonic()
     forward = forward or Forward(max_pixels=run.config.max_pixels)
@@ -174,11 +173,6 @@ def input_batches(
 
 
 def _encoded(shard: int, entry: Shard, rows: np.ndarray, batch_size: int) -> Iterator[Inputs]:
-    # Without labels: a sample is wanted because it was good when it was embedded.
-    for table in read_shard(shard, entry, LabelSource("none")):
-        good = table.filter(pa.compute.is_valid(table["image"]))
-        numbers = good["row"].to_numpy()
-        wanted = np.flatnonzero(np.isin(numbers, rows, assume_unique=True))
-        for start in range(0, len(wanted), batch_size):
-            at = wanted[start : start + batch_size]
-            yield Inputs(good["image"].take(pa.array(at)).to_pylist(), numbers[at])
+    for at, images in iter_images(shard, entry, rows):
+        for start in range(0, len(at), batch_size):
+            yield Inputs(images[start : start + batch_size], at[start : start + batch_size])

@@ -16,7 +16,7 @@ from pipelines.evaluation.calibrate import (
     save_calibration,
     split_shards,
 )
-from pipelines.evaluation.evaluate import EVALUATION, Evaluation, Grouping, evaluate, store
+from pipelines.evaluation.evaluate import EVALUATION, Evaluation, Slicing, evaluate, store
 from pipelines.evaluation.outcomes import Calibrator, PredictionSet, open_predictions
 from pipelines.run import Run
 
@@ -70,14 +70,14 @@ def side_by_side(run: Run, question: Question, other: Run | None = None, calibra
         For a set that is missing or broken, and a calibration that cannot be fitted; the message names it.
     """
     started = time.monotonic()
-    grouping = Grouping.parse(question.groups).resolve(run) if question.groups else None
+    slicing = Slicing.parse(question.groups).resolve(run) if question.groups else None
     sets = {name: open_predictions(run, name) for name in dict.fromkeys(question.predictions)}
     watched = {name: _watched(run, name, sets) for name in dict.fromkeys(question.trust)}
     outside = {name: open_predictions(other, name) for name in sets} if other is not None else {}
     found, used, notes = [], {}, []
     for name, predictions in sets.items():
         for label, over, calibrator, note in _variants(run, predictions, question, calibration_run):
-            found.append(evaluate(run, over, calibrator, label, grouping, question.bootstrap, question.seed))
+            found.append(evaluate(run, over, calibrator, label, slicing, question.bootstrap, question.seed))
             used[name] = over
             notes += [note] if note else []
     record = {evaluation.name: evaluation.record() for evaluation in found}

@@ -16,17 +16,19 @@ import torch
 from scipy.special import softmax
 from torch import Tensor, nn
 
-from ops.models import Classifier, ClassifierSpec, build_classifier, load_classifier
-from ops.selective import UndefinedMetricError, true_rates
+from ops.checks import UndefinedMetricError
+from ops.models import Classifier, ClassifierSpec, build_classifier
+from ops.selective import true_rates
 from ops.trust import TRUST_LOSSES, signed_distance, steep_slope, tcp, trust_cross_entropy, trust_focal
 from pipelines import columns
 from pipelines.corpus.shards import Shard
 from pipelines.evaluation.calibrate import classifier_digest
 from pipelines.evaluation.detection import TRUST, trust_schema
-from pipelines.evaluation.outcomes import PredictionSet, check_name, labelled_logits, open_predictions
+from pipelines.evaluation.outcomes import PredictionSet, labelled_logits, open_predictions
 from pipelines.evaluation.predict import Forward, check_fits, input_batches, shard_forward
 from pipelines.run import Run, fingerprint
 from pipelines.tasks import in_order, write_shards
+from pipelines.training.checkpoints import read_classifier
 from pipelines.training.ingest import Loader
 from pipelines.training.source import Source
 from pipelines.training.survey import moments, survey
@@ -36,7 +38,7 @@ HOLDOUT = 0.2  # of the training run, for the search of alphas
 
 
 @dataclasses.dataclass(frozen=True)
-class Training:
+class OracleTraining:
     """How an oracle is trained; the paper's values where it names one (Luo et al. 2021, section 5)."""
 
     loss: str = "steep_slope"
@@ -165,7 +167,7 @@ def _outcome(rows: np.ndarray, labels: np.ndarray, logits: np.ndarray) -> tuple[
     return rows[known], (probs.argmax(axis=1) if len(probs) else labels) == labels, own
 
 
-def new_oracle(run: Run, model: Classifier, training: Training) -> Oracle:
+def new_oracle(run: Run, model: Classifier, training: OracleTraining) -> Oracle:
     """An untrained oracle: a new head on the run's embeddings, a copy of the classifier, or of another checkpoint."""
     torch.manual_seed(training.seed)
     if training.backbone == "classifier":
@@ -179,7 +181,7 @@ def new_oracle(run: Run, model: Classifier, training: Training) -> Oracle:
         backbone = build_classifier(spec)
         backbone.standardize(*map(torch.as_tensor, moments(Source.of(run, input="embeddings"), config.width)))
     else:
-        backbone = load_classifier(training.backbone)
+        backbone = read_classifier(training.backbone)
         check_fits(run, backbone, "--backbone")
     return Oracle(backbone, training.signed)
 
@@ -190,7 +192,7 @@ def train_oracle(
     oracle: Oracle,
     correct: Tensor,
     true_class_prob: Tensor,
-    training: Training,
+    training: OracleTraining,
     device: str,
 ) -> tuple[Oracle, list[float]]:
     """Ray task: train an oracle on a source; returns it on the CPU, and the mean loss of each epoch.
@@ -219,7 +221,9 @@ def train_oracle(
     return oracle.cpu().eval(), history
 
 
-def trained(run: Run, model: Classifier, found: Targets, training: Training, device: str, part: str = "all") -> tuple:
+def trained(
+    run: Run, model: Classifier, found: Targets, training: OracleTraining, device: str, part: str = "all"
+) -> tuple:
     """An oracle trained on a part of a run ("all", or "train": without the held-out samples), and its losses."""
     oracle = new_oracle(run, model, training)
     size = oracle.spec.image_size or 0
@@ -231,8 +235,8 @@ def trained(run: Run, model: Classifier, found: Targets, training: Training, dev
 
 
 def search_alphas(
-    run: Run, model: Classifier, found: Targets, training: Training, device: str
-) -> tuple[Training, list[dict]]:
+    run: Run, model: Classifier, found: Targets, training: OracleTraining, device: str
+) -> tuple[OracleTraining, list[dict]]:
     """The steep slope's alphas by the mean of TPR and TNR on held-out samples: first alpha_neg, then alpha_pos.
 
     Luo et al. 2021, section 5: alpha_neg first, with alpha_pos frozen, as wrong predictions are the rarer. The held-out
@@ -251,7 +255,9 @@ def search_alphas(
     return training, tried
 
 
-def _held_out_rates(run: Run, oracle: Oracle, found: Targets, training: Training, device: str) -> dict[str, float]:
+def _held_out_rates(
+    run: Run, oracle: Oracle, found: Targets, training: OracleTraining, device: str
+) -> dict[str, float]:
     size = oracle.spec.image_size or 0
     source = Source.of(run, input=oracle.input, part="holdout", holdout=HOLDOUT, seed=training.seed, image_size=size)
     correct = found.of(source)[0].numpy() > 0
@@ -299,7 +305,7 @@ def trust(
     run: Run,
     model: Classifier,
     name: str,
-    training: Training | None = None,
+    training: OracleTraining | None = None,
     evaluated: Sequence[Run] = (),
     forward: Forward | None = None,
     predictions: str | None = None,
@@ -314,7 +320,7 @@ def trust(
     model : Classifier
         Frozen.
     name : str
-    training : Training
+    training : OracleTraining
     evaluated : sequence of Run
         Further runs, of any domain; labels aren't needed there.
     forward : Forward
@@ -333,8 +339,8 @@ def trust(
     ValueError
         For a name that is none, embeddings that do not fit, no labels, or a classifier without a single error or hit.
     """
-    training, forward = training or Training(), forward or Forward()
-    check_name("--name", name)
+    training, forward = training or OracleTraining(), forward or Forward()
+    columns.check_name("--name", name)
     for each in (run, *evaluated):
         check_fits(each, model)
     _check_backbone(run, evaluated, model, training)
@@ -373,12 +379,12 @@ def trust(
     return entry | {"skipped": False}
 
 
-def _check_backbone(run: Run, evaluated: Iterable[Run], model: Classifier, training: Training) -> None:
+def _check_backbone(run: Run, evaluated: Iterable[Run], model: Classifier, training: OracleTraining) -> None:
     """A head on embeddings needs one encoder throughout, whatever the classifier looks at."""
     if training.backbone == "classifier" and model.spec.input == "images":
         return
     for other in evaluated:
-        if other.config.encoder_fingerprint != run.config.encoder_fingerprint:
+        if not run.config.same_embedding(other.config):
             raise ValueError(
                 f"--eval-run {other.uri}: embedded with {other.config.encoder}, the oracle looks at embeddings of "
                 f"{run.config.encoder}; embed it with the same encoder"

@@ -85,12 +85,6 @@ class Measured:
         return sum(self.shard_bytes) / self.samples
 
 
-def evenly(total: int, count: int) -> list[int]:
-    """At most `count` positions in [0, total), evenly spread, ascending."""
-    count = min(total, count)
-    return [int((2 * place + 1) * total / (2 * count)) for place in range(count)]
-
-
 def relative_half_width(values: Sequence[float]) -> float:
     """Half the width of the t-interval of a mean at `CONFIDENCE`, as a fraction of the mean; 0 for a single value."""
     x = np.asarray(values, np.float64)

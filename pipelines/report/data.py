@@ -215,7 +215,7 @@ def _scores(scanned: Scan, have: Available) -> list[dict[str, Any]]:
     for score in have.scores:
         drawn = histogram(floats(scanned.values[score.name]))
         if drawn:
-            about = {"meaning": score.meaning, "direction": score.direction}
+            about = {"meaning": score.meaning, "direction": score.direction, "unit": score.unit}
             found.append({"name": score.name, "label": score.label, **about, "histogram": drawn})
     return found
 

@@ -75,11 +75,15 @@ def _cell(entry: dict[str, Any], metric: str, _: str, fraction: bool) -> dict[st
     if value is None:
         return None
     between = entry.get("intervals", {}).get(metric)
-    return {"value": _shown(value, fraction), "between": " – ".join(_shown(v, fraction) for v in between or ())}
+    unit = " %" if fraction else ""
+    return {
+        "value": _shown(value, fraction) + unit,
+        "between": " – ".join(_shown(v, fraction) for v in between) + unit if between else "",
+    }
 
 
 def _shown(value: float, fraction: bool) -> str:
-    return f"{100 * value:.1f} %" if fraction else f"{value:.3f}"
+    return f"{100 * value:.1f}" if fraction else f"{value:.3f}"
 
 
 def groups(evaluations: list[dict[str, Any]]) -> list[dict[str, Any]]:

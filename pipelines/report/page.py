@@ -1,14 +1,17 @@
 """The report of a run: one HTML file that opens from disk without a network, with all its data and pictures inside."""
 
+import base64
+import gzip
 import importlib.resources
 import json
+import re
 import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
+from markupsafe import Markup, escape
 from plotly.offline import get_plotlyjs
 
 from pipelines import columns, storage
@@ -89,7 +92,7 @@ def render(run: Run, found: dict[str, Any], evaluations: list[dict[str, Any]]) -
     environment = Environment(
         loader=PackageLoader(__package__, TEMPLATE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )  # fmt: skip
-    environment.filters |= {"percent": words.percent, "number": words.number}
+    environment.filters |= {"percent": words.percent, "breakable": breakable}
     return environment.get_template("page.html").render(
         **tables,
         title=found["data"]["title"],
@@ -103,7 +106,7 @@ def render(run: Run, found: dict[str, Any], evaluations: list[dict[str, Any]]) -
         css=Markup(_asset("page.css")),
         script=Markup(_asset("page.js")),
         charts=Markup(_asset("charts.js")),
-        plotly=Markup(get_plotlyjs()),
+        plotly=packed(get_plotlyjs()),
     )
 
 
@@ -135,6 +138,16 @@ def json_block(data: dict[str, Any]) -> str:
     """JSON that can stand in a script element whatever strings it holds."""
     text = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     return text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
+
+
+def packed(script: str) -> str:
+    """A script as base64 of its gzip, the same bytes each time; the page unpacks it once it is at rest."""
+    return base64.b64encode(gzip.compress(script.encode(), mtime=0)).decode()
+
+
+def breakable(text: str) -> Markup:
+    """Text, escaped, whose paths may wrap after a slash rather than within a name."""
+    return Markup(re.sub(r"(?<=/)(?=[^/])", "<wbr>", escape(text)))
 
 
 def _asset(name: str) -> str:

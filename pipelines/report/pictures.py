@@ -3,6 +3,7 @@
 import base64
 import io
 from collections.abc import Iterable, Sequence
+from itertools import accumulate
 
 import pyarrow as pa
 from PIL import Image
@@ -13,8 +14,8 @@ from pipelines.report.scan import Limits
 from pipelines.run import Run
 from pipelines.tasks import in_order
 
-SIZE = 96  # pixels of the longer side; smaller pictures stay as they are
-QUALITY = 82
+SIZE = 128  # pixels of the longer side; smaller pictures stay as they are
+QUALITY = 80
 Place = tuple[int, int]  # shard and row
 
 
@@ -27,7 +28,8 @@ def pictures(run: Run, wanted: Iterable[Place], limits: Limits) -> tuple[dict[Pl
     wanted : iterable of (shard, row)
         In order of importance.
     limits : Limits
-        At most `pictures` of them, from the shards of the most wanted ones up to `read_bytes` in all.
+        At most `pictures` of them and `picture_chars` of base64, from the shards of the most wanted ones up to
+        `read_bytes` in all.
 
     Returns
     -------
@@ -36,6 +38,7 @@ def pictures(run: Run, wanted: Iterable[Place], limits: Limits) -> tuple[dict[Pl
     notes : list of str
         Shards that could not be read any more: their samples stay without a picture.
     """
+    wanted = list(dict.fromkeys(wanted))
     by_shard = _affordable(run, wanted, limits)
     items = [(run.shards[shard], shard, tuple(sorted(rows))) for shard, rows in sorted(by_shard.items())]
     found: dict[Place, str] = {}
@@ -43,14 +46,20 @@ def pictures(run: Run, wanted: Iterable[Place], limits: Limits) -> tuple[dict[Pl
     for part, problem in in_order(_shard_thumbnails, items, run.config.max_pixels):
         found |= part
         notes += [problem] if problem else []
-    return found, notes
+    return _fitting({place: found[place] for place in wanted if place in found}, limits.picture_chars), notes
+
+
+def _fitting(thumbnails: dict[Place, str], most: int) -> dict[Place, str]:
+    """The first thumbnails that have at most so many characters together."""
+    ends = accumulate(map(len, thumbnails.values()))
+    return {place: picture for (place, picture), end in zip(thumbnails.items(), ends) if end <= most}
 
 
 def _affordable(run: Run, wanted: Iterable[Place], limits: Limits) -> dict[int, set[int]]:
     shards = run.shards
     chosen: dict[int, set[int]] = {}
     left, count = limits.read_bytes, 0
-    for shard, row in dict.fromkeys(wanted):
+    for shard, row in wanted:
         if count >= limits.pictures:
             break
         if shard not in chosen:

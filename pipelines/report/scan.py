@@ -20,6 +20,7 @@ from pipelines.tasks import in_order
 NEAREST, MARGIN = "difficulty.nearest_class", "difficulty.margin"
 # What the hardest samples are the hardest by: the first of these that has values.
 MAIN = ("difficulty.rmd", "difficulty.md_agn", "confusion.confusion")
+SHOWN_FIRST = (MAIN[0], MARGIN, *MAIN[1:])
 GATHERED = 32  # shards whose extremes wait to be merged at once
 
 
@@ -35,6 +36,7 @@ class Limits:
     classes: int = 1000  # beyond this many classes, no extremes per class
     sets: int = 6  # prediction sets, and trust sets: the latest; the table of metrics holds all
     pictures: int = 2400
+    picture_chars: int = 12_000_000  # of all pictures, as base64
     read_bytes: int = 8 << 30  # of shards, for pictures
 
 
@@ -45,6 +47,7 @@ class Score:
     name: str
     meaning: str
     direction: str
+    unit: str
 
     @property
     def label(self) -> str:
@@ -148,6 +151,7 @@ def available(run: Run, limits: Limits) -> Available:
     floating = [(group, field) for group, field in fields if pa.types.is_floating(field.type)]
     ranks = [f"{group}.{field.name}" for group, field in floating if "percentile_of" in columns.about(field)]
     scores = [_score(*pair) for pair in floating if "percentile_of" not in columns.about(pair[1])]
+    scores.sort(key=lambda score: SHOWN_FIRST.index(score.name) if score.name in SHOWN_FIRST else len(SHOWN_FIRST))
     return Available(shards, tuple(scores), tuple(ranks), tuple(_integers(fields)), tuple(notes))
 
 
@@ -182,7 +186,7 @@ def _integers(fields: Sequence[tuple[str, pa.Field]]) -> list[str]:
 
 def _score(group: str, field: pa.Field) -> Score:
     about = columns.about(columns.known_field(group, field))
-    return Score(f"{group}.{field.name}", about.get("meaning", ""), about.get("direction", ""))
+    return Score(f"{group}.{field.name}", *(about.get(what, "") for what in ("meaning", "direction", "unit")))
 
 
 def picks(have: Available, limits: Limits, num_classes: int) -> dict[str, Pick]:

@@ -1,5 +1,7 @@
 """The report's sentences and small tables: what this corpus is, what to look at first, how the run was made."""
 
+import re
+import textwrap
 from typing import Any
 
 from pipelines.progress import duration
@@ -28,6 +30,11 @@ def number(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
+# Beyond this share of doubted labels, the features are as likely to be at fault as the labels.
+MANY_DOUBTS = 0.2
+NAMED_REASONS = 3  # of what was left out, on the first screen
+
+
 def plural(count: int, noun: str, many: str | None = None) -> str:
     """'1 image', '2,000 images'."""
     return f"{count:,} {noun if count == 1 else many or noun + 's'}"
@@ -50,12 +57,12 @@ def tiles(found: dict[str, Any]) -> list[dict[str, str]]:
         {"value": f"{found['rows']:,}", "what": plural(found["rows"], "image")[len(f"{found['rows']:,} ") :] + " embedded",
          "remark": f"of {found['samples']:,}, in {plural(found['shards'] - found['pending'], 'shard')}", "href": "#scores"},
         {"value": f"{found['left_out']:,}", "what": "left out",
-         "remark": _why(found) if found["left_out"] else "every sample is in",
+         "remark": f"{percent(found['left_out'] / found['samples'])}: {_reasons(found, 1)}" if found["left_out"] else "every sample is in",
          "href": "#quarantine"},
     ]  # fmt: skip
     if data.get("labelled") and data["suspects"] is not None and _has(data, "difficulty.margin"):
         shown.append({"value": percent(data["doubted"] / max(1, found["rows"])), "what": "nearer another class",
-                      "remark": f"{plural(data['doubted'], 'image')} to doubt the label of", "href": "#suspects"})  # fmt: skip
+                      "remark": plural(data["doubted"], "possible label error"), "href": "#suspects"})  # fmt: skip
     best = _best_set(data)
     if best:
         shown.append({"value": percent(data["sets"][best]["accuracy"]), "what": f"accuracy of {best}",
@@ -67,17 +74,22 @@ def tiles(found: dict[str, Any]) -> list[dict[str, str]]:
     return shown
 
 
-def _why(found: dict[str, Any]) -> str:
-    """The share left out, and the reason if most have the same."""
-    share = percent(found["left_out"] / found["samples"])
-    reason = _main_reason(found)
-    return f"{share}, mostly: {reason[0]}" if reason else f"{share}, {plural(len(found['quarantine']), 'reason')}"
+def _reasons(found: dict[str, Any], most: int) -> str:
+    """The most frequent reasons of what was left out, in short, with their counts."""
+    entries = list(found["quarantine"].items())
+    named = [f"{_brief(in_words(reason, entry))} ({entry['count']:,})" for reason, entry in entries[:most]]
+    more = len(entries) - len(named)
+    return ", ".join(named) + (f" and {plural(more, 'more reason')}" if more else "")
 
 
-def _main_reason(found: dict[str, Any]) -> tuple[str, int] | None:
-    """The reason of more than half of what was left out, and its count."""
-    reason, entry = next(iter(found["quarantine"].items()), ("", {"count": 0}))
-    return (reason, entry["count"]) if 2 * entry["count"] > found["left_out"] else None
+def in_words(reason: str, entry: dict[str, Any]) -> str:
+    """A reason of the quarantine; that of a single sample with its own digits."""
+    return entry["example"]["reason"] if entry["count"] == 1 else reason
+
+
+def _brief(reason: str) -> str:
+    """What comes before the details of a reason."""
+    return textwrap.shorten(re.split(r": | \(", reason)[0], 60, placeholder="…")
 
 
 def _has(data: dict[str, Any], name: str) -> bool:
@@ -120,8 +132,10 @@ def _suspects(found: dict[str, Any]) -> dict[str, str] | None:
     text = f"{plural(data['doubted'], 'image')} ({share}) {verb} nearer another class than the one on the label."
     given, nearest, count = data["pairs"][0]
     names = data["classes"]
-    if len(data["pairs"]) > 1:
+    if len(data["pairs"]) > 1 and count > 2:
         text += f" Most often {names[given]} that looks like {names[nearest]} ({count:,})."
+    if data["doubted"] > MANY_DOUBTS * found["rows"]:
+        text += " So many mean noisy labels, or features that hardly tell the classes apart: look at the largest margins."
     return {"text": text, "href": "#suspects", "link": "Likely label errors, the likeliest first"}
 
 
@@ -134,12 +148,11 @@ def _hardest(data: dict[str, Any]) -> dict[str, str] | None:
         return {"text": "The images that fit the rest of the corpus least.", **link}
     ranked = sorted(boxes, key=lambda entry: entry["box"][2])
     hardest, easiest = (data["classes"][ranked[at]["class"]] for at in (-1, 0))
-    text = f"{hardest} is the hardest class at the median, {easiest} the easiest."
+    text = f"The hardest class is {hardest}, the easiest {easiest}, by the median."
     share = data.get("doubted_hardest")
     if share:
-        text += (
-            f" Of the {data['exact']['high'][data['main']]:,} hardest images {percent(share)} have a label in doubt;"
-        )
+        many = "all" if share == 1 else percent(share)
+        text += f" Of the {data['exact']['high'][data['main']]:,} hardest images {many} have a label in doubt;"
         text += " the gallery can show those whose label fits alone."
     return {"text": text, **link}
 
@@ -159,15 +172,8 @@ def _predictions(data: dict[str, Any]) -> dict[str, str] | None:
 def _quarantine(found: dict[str, Any]) -> dict[str, str] | None:
     if not found["left_out"]:
         return None
-    reason = _main_reason(found)
-    text = f"{plural(found['left_out'], 'entry', 'entries')} left out"
-    text += f", {reason[1]:,} of them for this reason: {reason[0]}." if reason else f", {_reasons(found)}."
+    text = f"{plural(found['left_out'], 'entry', 'entries')} left out: {_reasons(found, NAMED_REASONS)}."
     return {"text": text, "href": "#quarantine", "link": "What was left out and why"}
-
-
-def _reasons(found: dict[str, Any]) -> str:
-    count = len(found["quarantine"])
-    return f"for {count:,} different reasons" if count > 1 else "for one reason"
 
 
 def settings(run: Run) -> list[tuple[str, str]]:
@@ -185,7 +191,9 @@ def settings(run: Run) -> list[tuple[str, str]]:
     ]
     if run.shards:
         rows += [("First shard", run.shards[0].url), ("Last shard", run.shards[-1].url)]
-    return rows + _fit_settings(run.stage("fit")) + _weighting(run.stage("score"))
+    versions = " · ".join(f"{name} {version}" for name, version in run.record.get("versions", {}).items())
+    rows += _fit_settings(run.stage("fit")) + _weighting(run.stage("score"))
+    return rows + ([("Versions", versions)] if versions else [])
 
 
 def _fit_settings(fit: dict[str, Any] | None) -> list[tuple[str, str]]:
@@ -218,7 +226,7 @@ def stages(run: Run) -> list[dict[str, str | float]]:
     return [
         {
             "name": name,
-            "finished": entry["finished"].replace("T", " ").removesuffix("+00:00"),
+            "finished": entry["finished"].replace("T", " ")[:16],
             "seconds": duration(entry["seconds"]) if "seconds" in entry else "",
             "share": entry.get("seconds", 0.0) / longest,
             "what": _stage_size(entry),
@@ -232,6 +240,16 @@ def _stage_size(entry: dict[str, Any]) -> str:
     return (
         "" if not isinstance(count, int) else f"{count:,} samples" + (f", {entry['rule']}" if "rule" in entry else "")
     )
+
+
+def embedding_time(run: Run) -> str:
+    """How the steps of embedding add up against the time that passed."""
+    embed = run.stage("embed") or {}
+    text = f"Summed over {plural(embed['workers'], 'worker')} on {embed['device']}"
+    if embed.get("seconds"):
+        rate = number(float(f"{embed['rows'] / embed['seconds']:.2g}"))
+        text += f"; the stage took {duration(embed['seconds'])} with start-up and waiting, {rate} images a second"
+    return text + "."
 
 
 def steps(run: Run) -> list[dict[str, Any]]:

@@ -17,7 +17,7 @@ MATRIX_CLASSES = 100  # a confusion matrix of more classes is left out
 
 
 @dataclasses.dataclass(frozen=True)
-class Evaluation:
+class EvaluationSet:
     """A source to evaluate on, with its samples per shard, and how they are divided (None: not at all)."""
 
     name: str
@@ -28,7 +28,7 @@ class Evaluation:
 
 
 @torch.inference_mode()
-def assess(model: Classifier, evaluation: Evaluation, loader: Loader, device: str, autocast: bool) -> dict[str, Any]:
+def assess(model: Classifier, evaluation: EvaluationSet, loader: Loader, device: str, autocast: bool) -> dict[str, Any]:
     """Metrics over all ranks' samples, the same on every rank.
 
     Returns
@@ -55,7 +55,7 @@ def assess(model: Classifier, evaluation: Evaluation, loader: Loader, device: st
 
 
 def _of_batch(
-    model: Classifier, batch: Any, evaluation: Evaluation, device: str, autocast: bool
+    model: Classifier, batch: Any, evaluation: EvaluationSet, device: str, autocast: bool
 ) -> dict[str, np.ndarray]:
     with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=autocast):
         logits = model(batch.inputs.to(device, non_blocking=True))

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ops.models import RECORD, WEIGHTS, Classifier, load_classifier, save_classifier
+from ops.models import RECORD, WEIGHTS, Classifier, load_classifier, save_classifier, update_extra
 from pipelines import storage
 
 
@@ -26,8 +26,7 @@ def write_classifier(model: Classifier, uri: str, **extra: Any) -> None:
     with tempfile.TemporaryDirectory() as folder:
         save_classifier(model, folder, **extra)
         for name in (WEIGHTS, RECORD):  # the record last: a folder with one is a checkpoint
-            with storage.write_atomic(storage.join(uri, name)) as path:
-                path.write_bytes(Path(folder, name).read_bytes())
+            _upload(Path(folder, name), uri)
 
 
 def read_classifier(uri: str) -> Classifier:
@@ -35,19 +34,43 @@ def read_classifier(uri: str) -> Classifier:
     local = storage.local_path(uri)
     if local is not None:
         return load_classifier(local)
+    place = _place(uri)
+    with tempfile.TemporaryDirectory() as folder:
+        for name in (WEIGHTS, RECORD):
+            Path(folder, name).write_bytes(storage.read_bytes(storage.join(place, name)))
+        return load_classifier(folder)
+
+
+def annotate_classifier(uri: str, **extra: Any) -> None:
+    """Add values to a checkpoint (a calibration, say), local or not; the weights stay untouched."""
+    local = storage.local_path(uri)
+    if local is not None:
+        update_extra(local, **extra)
+        return
+    place = _place(uri)
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, RECORD).write_bytes(storage.read_bytes(storage.join(place, RECORD)))
+        update_extra(folder, **extra)
+        _upload(Path(folder, RECORD), place)
+
+
+def _place(uri: str) -> str:
+    """The folder on an object store that holds the checkpoint meant by `uri`: that one, or a training's best."""
     for place in (uri, storage.join(uri, "best")):
         if storage.exists(storage.join(place, RECORD)):
-            with tempfile.TemporaryDirectory() as folder:
-                for name in (WEIGHTS, RECORD):
-                    Path(folder, name).write_bytes(storage.read_bytes(storage.join(place, name)))
-                return load_classifier(folder)
+            return place
     raise ValueError(f"--checkpoint {uri}: no {RECORD} there; hardset train makes one")
+
+
+def _upload(file: Path, uri: str) -> None:
+    with storage.write_atomic(storage.join(uri, file.name)) as stream:
+        stream.write(file.read_bytes())
 
 
 def write_state(uri: str, state: dict[str, Any]) -> None:
     """Write a dict of tensors and plain values, whole or not at all."""
-    with storage.write_atomic(uri) as path:
-        torch.save(state, path)
+    with storage.write_atomic(uri) as file:
+        torch.save(state, file)
 
 
 def read_state(uri: str) -> dict[str, Any] | None:

@@ -15,13 +15,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 import numpy as np
-import pyarrow as pa
 import torch
 from torch import Tensor
 
 from pipelines import columns
-from pipelines.corpus.samples import LabelSource
-from pipelines.corpus.shards import read_shard
+from pipelines.corpus.shards import iter_images
 from pipelines.corpus.tarstream import StorageError
 from pipelines.training.decode import Augmentation, PictureDecoder, ahead
 from pipelines.training.groups import Resampling, scores
@@ -118,15 +116,7 @@ def _read_embeddings(source: Source, shard: int, wanted: np.ndarray) -> Iterator
 
 
 def _read_images(source: Source, shard: int, wanted: np.ndarray) -> Iterator[tuple[np.ndarray, list[bytes]]]:
-    # Without labels: they come from the run, and a sample is wanted because it was good when it was embedded.
-    for table in read_shard(shard, source.shards[shard], LabelSource("none")):
-        good = table.filter(table["image"].is_valid())
-        rows = good["row"].to_numpy()
-        keep = np.flatnonzero(np.isin(rows, wanted, assume_unique=True))
-        if len(keep):
-            yield rows[keep], good["image"].take(pa.array(keep)).to_pylist()
-        if len(rows) and rows[-1] >= wanted[-1]:
-            return
+    return iter_images(shard, source.shards[shard], wanted)
 
 
 class Loader:

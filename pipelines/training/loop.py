@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ops.models import Classifier, ClassifierSpec, Head, build_classifier
 from pipelines import storage
 from pipelines.run import StageFailed
-from pipelines.training.assess import Evaluation, assess
+from pipelines.training.assess import EvaluationSet, assess
 from pipelines.training.checkpoints import read_state, write_classifier, write_json, write_state
 from pipelines.training.decode import Augmentation
 from pipelines.training.groups import Resampling
@@ -104,7 +104,7 @@ class Plan:
     loss: LossChoice
     source: Source
     counts: tuple[int, ...]
-    evaluations: tuple[Evaluation, ...]
+    evaluations: tuple[EvaluationSet, ...]
     weights: str | None = None
     weight_mean: float = 1.0
     grouping: Grouping | None = None
@@ -387,7 +387,7 @@ class Training:
             threads=recipe.threads,
         )
 
-    def _evaluation_loader(self, evaluation: Evaluation) -> Loader:
+    def _evaluation_loader(self, evaluation: EvaluationSet) -> Loader:
         recipe = self.plan.recipe
         return Loader(
             evaluation.source,

@@ -40,6 +40,11 @@ class Survey:
         return sum(self.counts)
 
     @property
+    def commonest(self) -> float:
+        """Share of the commonest class: what a classifier is right about that has learnt nothing."""
+        return float(self.class_counts.max() / self.num_samples)
+
+    @property
     def group_counts(self) -> np.ndarray | None:
         return None if self.group_counts_by_shard is None else self.group_counts_by_shard.sum(axis=0)
 
@@ -110,7 +115,7 @@ def check_trainable(found: Survey, classes: Sequence[str], rule: GroupRule | Non
 
 
 def moments(source: Source, width: int) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and standard deviation (d,) float32 of a source's embeddings, accumulated in float64."""
+    """Mean and standard deviation (d,) float32 of a source's embeddings, accumulated in float64; 1 of a feature that is constant."""
     shards = [(shard,) for shard in range(len(source.shards))]
     count, mean, scatter = 0, np.zeros(width), np.zeros(width)
     for n, part_mean, part_scatter in in_order(_moments_of_shard, shards, source, width):
@@ -121,7 +126,8 @@ def moments(source: Source, width: int) -> tuple[np.ndarray, np.ndarray]:
             mean += delta * (n / (count + n))
             count += n
     assert count, "moments of a source without samples"
-    return mean.astype(np.float32), np.sqrt(scatter / count).astype(np.float32)
+    deviation = np.sqrt(scatter / count)
+    return mean.astype(np.float32), np.where(deviation > 1e-6 * np.abs(mean), deviation, 1.0).astype(np.float32)
 
 
 def _moments_of_shard(shard: int, source: Source, width: int) -> tuple[int, np.ndarray, np.ndarray]:

@@ -22,11 +22,11 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedErr
 from ops.images import decode_image
 from ops.models import ClassifierSpec, build_classifier
 from pipelines import columns, storage
-from pipelines.corpus.samples import LabelSource
-from pipelines.corpus.shards import read_shard
+from pipelines.corpus.shardlist import look_up
+from pipelines.corpus.shards import iter_images
 from pipelines.run import Run, StageFailed, fingerprint
 from pipelines.tasks import in_order
-from pipelines.training.assess import Evaluation
+from pipelines.training.assess import EvaluationSet
 from pipelines.training.checkpoints import read_json, read_state
 from pipelines.training.groups import GroupRule, Resampling
 from pipelines.training.loop import Log, Plan, Recipe, Workplace, is_done, train_classifier
@@ -170,10 +170,7 @@ def _checked_classes(run: Run, eval_run: Run | None, kind: str) -> list[str]:
     if run.config.class_names and eval_run.config.class_names and classes[: len(eval_run.classes)] != eval_run.classes:
         raise ValueError(f"{where}: its classes have other names than those of --run")
     ours, theirs = run.config, eval_run.config
-    fits = (ours.encoder_fingerprint, ours.width, ours.normalize) == (
-        theirs.encoder_fingerprint, theirs.width, theirs.normalize,
-    )  # fmt: skip
-    if kind == "embeddings" and not fits:
+    if kind == "embeddings" and not ours.same_embedding(theirs):
         raise ValueError(
             f"{where}: made with encoder {theirs.encoder!r} (d = {theirs.width}), --run with {ours.encoder!r} "
             f"(d = {ours.width}); embed it with the same encoder"
@@ -203,10 +200,8 @@ def _first_image_size(run: Run) -> int:
         rows = columns.read(run.uri, columns.EMBEDDINGS, shard, ["row"])["row"].to_numpy()
         if not len(rows):
             continue
-        for table in read_shard(shard, run.shards[shard], LabelSource("none")):
-            for entry in table.to_pylist():
-                if entry["row"] == rows[0] and entry["image"] is not None:
-                    return min(224, *decode_image(entry["image"], max_pixels=run.config.max_pixels).shape[-2:])
+        for _, images in iter_images(shard, run.shards[shard], rows[:1]):
+            return min(224, *decode_image(images[0], max_pixels=run.config.max_pixels).shape[-2:])
     raise ValueError(f"--run {run.uri}: no usable image in its shards")
 
 
@@ -254,7 +249,7 @@ def _evaluations(
     bins: GroupRule | None,
     holdout: float,
     num_classes: int,
-) -> tuple[Evaluation, ...]:
+) -> tuple[EvaluationSet, ...]:
     """Held-out samples first, where there are any: they decide the best epoch. The evaluation run is reported."""
     found = []
     bins = None if bins is None or not _has(run, bins.column) else bins.resolve(run)
@@ -270,7 +265,7 @@ def _evaluations(
 
 def _evaluation(
     name: str, run: Run, source: Source, groups: GroupRule | None, bins: GroupRule | None, num_classes: int, part: str
-) -> Evaluation:
+) -> EvaluationSet:
     """Groups and bins whose column this run lacks are left out."""
     groups = groups if groups is not None and _has(run, groups.column) else None
     bins = bins if bins is not None and _has(run, bins.column) else None
@@ -282,7 +277,7 @@ def _evaluation(
         if part != "holdout":
             raise
         raise ValueError(f"--holdout {source.holdout}: {error}") from None
-    return Evaluation(name, source, counts, groups, bins)
+    return EvaluationSet(name, source, counts, groups, bins)
 
 
 def _has(run: Run, column: str) -> bool:
@@ -292,9 +287,8 @@ def _has(run: Run, column: str) -> bool:
 
 
 def _check_shards_unchanged(run: Run) -> None:
-    for shard in run.shards:
-        filesystem, path = storage.open_filesystem(shard.url)
-        info = filesystem.get_file_info(path)
+    infos = look_up([shard.url for shard in run.shards], f"of {run.uri}")
+    for shard, info in zip(run.shards, infos):
         if not info.is_file:
             raise ValueError(f"shard {shard.url}: it is not there any more, and --input images reads it")
         if shard.size and info.size != shard.size:

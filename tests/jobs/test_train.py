@@ -11,9 +11,10 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from jobs import train
+from jobs import evaluate, predict, train
 from ops.models import load_classifier
 from pipelines import columns
+from pipelines.training.checkpoints import read_classifier
 from tests.jobs.processes import belongs_to, processes
 from tests.pipelines.synthetic import make_run
 
@@ -73,6 +74,18 @@ def test_a_training_from_start_to_end(runs, ray_session, tmp_path, capsys):
 
     table = columns.join(runs[0], 0, ["correctness.correctness", "correctness.epochs"])
     assert set(table["correctness.epochs"].to_pylist()) == {2}
+
+
+def test_a_classifier_on_an_object_store_is_trained_used_and_calibrated(runs, ray_session, s3_folder, capsys):
+    out = f"{s3_folder}/model"
+    status, result, error = main(capsys, "--run", runs[0], "--out", out, "--mlflow", "none", *FEW)
+    assert status == 0, error
+    assert result["checkpoint"] == f"{out}/best"
+    assert main(capsys, "--run", runs[0], "--out", out, "--mlflow", "none", *FEW)[1] == result
+    assert predict.main(["--checkpoint", out, "--run", runs[0], "--name", "far", "--mlflow", "none"]) == 0
+    words = ["--run", runs[0], "--predictions", "far", "--calibrate", "temperature", "--bootstrap", "0"]
+    assert evaluate.main([*words, "--mlflow", "none"]) == 0
+    assert read_classifier(out).extra["calibration"]["name"] == "temperature"
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from pipelines import columns
 from pipelines.curation.fit import fit
 from pipelines.curation.score import Weighting, score
 from pipelines.evaluation.detection import evaluate_trust
-from pipelines.evaluation.evaluate import Grouping, evaluate, store
+from pipelines.evaluation.evaluate import Slicing, evaluate, store
 from pipelines.evaluation.outcomes import open_predictions
 from pipelines.report.page import report
 from pipelines.run import Run
@@ -56,9 +56,9 @@ def make_reported(folder):
     fit(run)
     score(run, Weighting())
     write_predictions(run, noisy_logits(labels, CLASSES), "mine")
-    grouping = Grouping.parse("difficulty.rmd:0").resolve(run)
+    slicing = Slicing.parse("difficulty.rmd:0").resolve(run)
     mine = open_predictions(run, "mine")
-    store(run, evaluate(run, mine, grouping=grouping, replicates=20), 0.0)
+    store(run, evaluate(run, mine, slicing=slicing, replicates=20), 0.0)
     write_trust(run, np.random.default_rng(4).normal(size=len(labels)), "oracle")
     store(run, evaluate_trust(run, "oracle", mine, replicates=0), 0.0, trust_in="mine")
     report(run)

@@ -34,12 +34,16 @@ function histogram(element, score) {
   const { low, high, counts } = score.histogram;
   const width = (high - low) / counts.length;
   const at = counts.map((_, i) => low + (i + 0.5) * width);
-  const total = score.histogram.count;
+  const total = score.histogram.count, median = score.histogram.percentiles[52];
+  const doubtful = (x) => score.name === "difficulty.margin" && x > 0;
   Plotly.react(element, [{
-    type: "bar", x: at, y: counts.map((count) => count / total), width, marker: { color: style("--series-1"), opacity: 0.8 },
+    type: "bar", x: at, y: counts.map((count) => count / total), width,
+    marker: { color: at.map((x) => style(doubtful(x) ? "--series-1" : "--series-2")), opacity: 0.85 },
     customdata: counts.map((count, i) => [short(low + i * width), short(low + (i + 1) * width), whole(count), percent(count / total)]),
     hovertemplate: "%{customdata[0]} to %{customdata[1]}<br>%{customdata[2]} images, %{customdata[3]}<extra></extra>",
-  }], layout({ bargap: 0, margin: { l: 4, r: 8, t: 6, b: 4 }, xaxis: axis("", { showgrid: false, nticks: 6 }), yaxis: axis("", { showticklabels: false, showgrid: false, rangemode: "tozero" }) }), CONFIG);
+  }], layout({ height: 200, bargap: 0, margin: { l: 4, r: 8, t: 6, b: 4 },
+    shapes: [{ type: "line", x0: median, x1: median, yref: "paper", y0: 0, y1: 1, line: { color: style("--ink"), width: 1, dash: "dot" } }],
+    xaxis: axis(plain(score.unit), { showgrid: false, nticks: 7, range: [low, high] }), yaxis: axis("", { tickformat: ".1~%", nticks: 4, rangemode: "tozero" }) }), CONFIG);
 }
 
 const charts = {
@@ -86,7 +90,7 @@ const charts = {
       };
     });
     return Plotly.react(element, traces, layout({ ...framed, showlegend: sets.length > 1,
-      xaxis: axis("tenth of difficulty, the hardest at the right", { dtick: 1, showgrid: false }), yaxis: axis("", { tickformat: ".0%", rangemode: "tozero" }) }), CONFIG);
+      xaxis: axis("tenth of difficulty, the hardest at the right", { dtick: 1, showgrid: false }), yaxis: axis("share wrong", { tickformat: ".0%", rangemode: "tozero" }) }), CONFIG);
   },
 
   risk(element) {
@@ -101,7 +105,7 @@ const charts = {
       ...Object.entries(report.trusts).map(([name, trust]) => line(`${name} (trust)`, trust.risk_coverage, series(place.get(trust.of) ?? 0), "dot")),
     ];
     return Plotly.react(element, traces, layout({ ...framed, showlegend: traces.length > 1,
-      xaxis: axis("share kept, the surest first", { tickformat: ".0%", range: [0, 1], dtick: 0.25, showgrid: false }), yaxis: axis("", { tickformat: ".1~%", rangemode: "tozero" }) }), CONFIG);
+      xaxis: axis("share kept, the surest first", { tickformat: ".0%", range: [0, 1.01], dtick: 0.25, showgrid: false }), yaxis: axis("share wrong of those kept", { tickformat: ".1~%", rangemode: "tozero" }) }), CONFIG);
   },
 
   groups(element) {
@@ -115,24 +119,7 @@ const charts = {
         hovertemplate: "%{x}<br>accuracy %{customdata[0]}, confidence %{customdata[1]}<br>%{customdata[2]} images<extra></extra>" };
     });
     return Plotly.react(element, traces, layout({ ...framed, showlegend: sets.length > 1, barmode: "group", bargap: 0.35,
-      xaxis: axis("", { type: "category", showgrid: false }), yaxis: axis("", { tickformat: ".0%", range: [0, 1] }) }), CONFIG);
-  },
-
-  agreement(element) {
-    const { names, spearman, kendall } = report.agreement;
-    const value = (i, j) => (i === j ? null : i > j ? spearman[i][j] : kendall[i][j]);
-    const z = names.map((_, i) => names.map((_, j) => value(i, j)));
-    const labels = names.map(plain);
-    const ink = (v) => (Math.abs(v) > 0.6 ? style("--ground") : style("--ink"));
-    const notes = z.flatMap((line, i) => line.map((v, j) => ({ x: j, y: i, text: v == null ? "" : v.toFixed(2).replace(/^-(?=.*[1-9])/, "−").replace("-", ""), showarrow: false, font: { size: narrow() ? 9 : 11.5, color: v == null ? style("--faint") : ink(v) } })));
-    const size = Math.min(element.clientWidth, 820);
-    Plotly.react(element, [{
-      type: "heatmap", z, x: names.map((_, i) => i), y: names.map((_, i) => i), zmin: -1, zmax: 1, showscale: false, xgap: 2, ygap: 2, hoverongaps: false,
-      colorscale: [[0, style("--series-2")], [0.5, style("--tint")], [1, style("--series-1")]],
-      text: z.map((line, i) => line.map((_, j) => `${labels[i]} and ${labels[j]}<br>${i > j ? "Spearman" : "Kendall"}`)), hovertemplate: "%{text} %{z:.3f}<extra></extra>",
-    }], layout({ annotations: notes, height: Math.max(320, Math.min(size * 0.78, 80 + 62 * names.length)),
-      xaxis: axis("", { tickvals: names.map((_, i) => i), ticktext: labels, showgrid: false, zeroline: false, tickangle: narrow() ? -60 : -30 }),
-      yaxis: axis("", { tickvals: names.map((_, i) => i), ticktext: labels, autorange: "reversed", showgrid: false, zeroline: false }) }), CONFIG);
+      xaxis: axis("", { type: "category", showgrid: false }), yaxis: axis("accuracy", { tickformat: ".0%", range: [0, 1] }) }), CONFIG);
   },
 };
 
@@ -147,20 +134,22 @@ function reliability(element, name, set, number) {
   const counts = { type: "bar", x, y: parts.map((part) => part.count / most), width, yaxis: "y2", marker: { color: style("--neutral"), opacity: 0.6 }, customdata: hover, hovertemplate: template };
   Plotly.react(element, [bars, gap, counts], layout({ barmode: "overlay", height: 300, margin: { l: 4, r: 16, t: 6, b: 4 },
     shapes: [{ type: "line", x0: 0, x1: 1, y0: 0, y1: 1, line: { color: style("--faint"), width: 1, dash: "dot" } }],
-    xaxis: axis("confidence", { range: [0, 1], dtick: 0.25, tickformat: ".0%", showgrid: false, anchor: "y2" }), yaxis: axis("", { range: [0, 1.02], tickformat: ".0%", domain: [0.24, 1] }),
+    xaxis: axis("confidence", { range: [0, 1], dtick: 0.25, tickformat: ".0%", showgrid: false, anchor: "y2" }), yaxis: axis("accuracy", { range: [0, 1.02], tickformat: ".0%", domain: [0.24, 1] }),
     yaxis2: axis("", { domain: [0, 0.17], showticklabels: false, showgrid: false, range: [0, 1] }) }), CONFIG);
 }
 
-function severity(element, value, format) {
+function severity(element, title, value, format) {
   const parts = report.severity, clean = parts.find((part) => part.kind === "none");
   const kinds = [...new Set(parts.filter((part) => part.kind !== "none").map((part) => part.kind))];
   const lines = kinds.map((kind) => [clean, ...parts.filter((part) => part.kind === kind)].filter((part) => part && value(part) != null));
   const name = (kind) => plain(kind.replaceAll("_", " "));
-  const traces = lines.map((line, i) => ({ type: "scatter", mode: "lines", name: name(kinds[i]), x: line.map((part) => part.severity), y: line.map(value), line: { color: style("--neutral"), width: 1 }, opacity: 0.7, hovertemplate: `${name(kinds[i])}, severity %{x}<br>%{y:${format}}<extra></extra>` }));
+  const few = lines.length <= 4; // then each has its own colour
+  const color = (i) => (few ? series(i + 1) : style("--neutral"));
+  const traces = lines.map((line, i) => ({ type: "scatter", mode: "lines", name: name(kinds[i]), showlegend: few, x: line.map((part) => part.severity), y: line.map(value), line: { color: color(i), width: 1.25 }, opacity: 0.8, hovertemplate: `${name(kinds[i])}, severity %{x}<br>%{y:${format}}<extra></extra>` }));
   const steps = [...new Set(lines.flat().map((part) => part.severity))].sort();
   const mean = steps.map((step) => { const some = lines.flat().filter((part) => part.severity === step).map(value); return some.reduce((a, b) => a + b, 0) / some.length; });
-  traces.push({ type: "scatter", mode: "lines+markers", name: "mean", x: steps, y: mean, line: { color: style("--series-1"), width: 3 }, marker: { size: 7 }, hovertemplate: `mean of the kinds, severity %{x}<br>%{y:${format}}<extra></extra>` });
-  Plotly.react(element, traces, layout({ ...framed, xaxis: axis("severity", { dtick: 1, showgrid: false }), yaxis: axis("", { tickformat: format }) }), CONFIG);
+  traces.push({ type: "scatter", mode: "lines+markers", name: few ? "mean" : "mean of the kinds", x: steps, y: mean, line: { color: style("--series-1"), width: 3 }, marker: { size: 7 }, hovertemplate: `mean of the kinds, severity %{x}<br>%{y:${format}}<extra></extra>` });
+  Plotly.react(element, traces, layout({ ...framed, showlegend: true, xaxis: axis("severity", { dtick: 1, showgrid: false }), yaxis: axis(title, { tickformat: format }) }), CONFIG);
 }
 
 const evaluated = () => Object.entries(report.sets || {}).filter(([, set]) => set);
@@ -168,20 +157,26 @@ const hide = (element) => { element.hidden = true; element.closest(".card").hidd
 let gl = true; // until it proves otherwise
 
 // ---- when to draw ----
+async function unpacked(base64) {
+  const bytes = Uint8Array.from(atob(base64), (character) => character.charCodeAt(0));
+  return new Response(new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"))).text();
+}
+
+let loaded; // promised once somebody asked
 function loadPlotly() {
-  if (window.Plotly) return;
-  const source = find("#plotly");
-  document.head.append(make("script", {}, source.textContent));
-  source.remove();
+  loaded ??= unpacked(find("#plotly").textContent).then((source) => document.head.append(make("script", {}, source)));
+  return loaded;
+}
+
+async function drawFirst(element) {
+  near.unobserve(element);
+  await loadPlotly();
+  element.dataset.drawn = "yes";
+  drawn.get(element)();
 }
 
 const near = new IntersectionObserver((entries) => {
-  for (const { target, isIntersecting } of entries) {
-    if (!isIntersecting || target.dataset.drawn) continue;
-    loadPlotly();
-    target.dataset.drawn = "yes";
-    drawn.get(target)();
-  }
+  for (const { target, isIntersecting } of entries) if (isIntersecting) drawFirst(target);
 }, { rootMargin: "300px 0px" });
 addEventListener("load", () => (window.requestIdleCallback || setTimeout)(loadPlotly));
 
@@ -207,12 +202,12 @@ if (find("#reliability")) {
   evaluated().forEach(([name, set], number) => card(find("#reliability"), name, `ECE ${percent(set.ece)}`, "Accuracy by confidence; pale is the gap between them, the dots where there is none. Below, how many.", "reliable", (element) => reliability(element, name, set, number)));
 }
 if (find("#severities")) {
-  const add = (title, value, format) => {
+  const add = (heading, title, value, format) => {
     if (!report.severity.some((part) => value(part) != null)) return;
-    card(find("#severities"), title, "", null, "", (element) => severity(element, value, format));
+    card(find("#severities"), heading, "", null, "", (element) => severity(element, title, value, format));
   };
-  if (report.main) add(`Mean ${scoreOf.get(report.main).label}`, (part) => part.mean, ".4~g");
-  for (const [name] of evaluated()) add(`Accuracy of ${name}`, (part) => part.accuracy[name], ".0%");
+  if (report.main) add(`Mean ${scoreOf.get(report.main).label}`, plain(scoreOf.get(report.main).label), (part) => part.mean, ".4~g");
+  for (const [name] of evaluated()) add(`Accuracy of ${name}`, "accuracy", (part) => part.accuracy[name], ".0%");
 }
 
 let width = innerWidth, waiting;

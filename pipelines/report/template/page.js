@@ -28,31 +28,40 @@ function make(tag, attributes = {}, ...children) {
 }
 
 // ---- theme ----
-const dark = matchMedia("(prefers-color-scheme: dark)");
-const theme = () => document.documentElement.dataset.theme || (dark.matches ? "dark" : "light");
-const themed = () => document.dispatchEvent(new Event("themed"));
+function setTheme(name) {
+  document.documentElement.dataset.theme = name;
+  document.dispatchEvent(new Event("themed"));
+}
 find("#theme").addEventListener("click", () => {
-  document.documentElement.dataset.theme = theme() === "dark" ? "light" : "dark";
-  try { localStorage.setItem("hardset-theme", theme()); } catch { /* a browser that keeps nothing for files */ }
-  themed();
+  setTheme(document.documentElement.dataset.theme === "dark" ? "light" : "dark");
+  try { localStorage.setItem("hardset-theme", document.documentElement.dataset.theme); } catch { /* a browser that keeps nothing for files */ }
 });
-dark.addEventListener("change", themed);
+matchMedia("(prefers-color-scheme: dark)").addEventListener("change", ({ matches }) => setTheme(matches ? "dark" : "light"));
 
 // ---- one image ----
 function picture(id, alt) {
   const at = rows.picture[id];
   if (at < 0) return make("span", { class: "none" }, "no picture here");
-  const image = make("img", { src: `data:image/webp;base64,${report.pictures[at]}`, alt, decoding: "async" });
-  image.addEventListener("load", () => image.classList.toggle("small", image.naturalWidth < 65 && image.naturalHeight < 65));
-  return image;
+  return make("img", { src: `data:image/webp;base64,${report.pictures[at]}`, alt, decoding: "async", onload: (event) => enlarge(event.target) });
 }
 
-function tile(id, lines, list) {
+// A small picture shows its pixels, all of one size: it is enlarged by a whole number of the screen's, or fills its frame where that would waste much.
+function enlarge(image) {
+  const longer = Math.max(image.naturalWidth, image.naturalHeight);
+  if (longer > 64) return;
+  image.classList.add("small");
+  const room = image.parentElement.clientWidth * devicePixelRatio, times = Math.floor(room / longer);
+  if (times < 1 || times > 7) return;
+  image.style.width = `${(times * image.naturalWidth) / devicePixelRatio}px`;
+  image.style.height = `${(times * image.naturalHeight) / devicePixelRatio}px`;
+}
+
+function tile(id, lines, list, first) {
   const label = `${rows.key[id]}, ${className(rows.class[id])}`;
   const text = make("span", { class: "text" }, ...lines.map(([kind, words]) => make("span", { class: kind, title: words }, words)));
   return make(
     "div", { role: "listitem" },
-    make("button", { class: "shot", type: "button", "data-id": id, title: label, "aria-label": `${label}: open`, onclick: () => sheet.open(id, list()) },
+    make("button", { class: "shot", type: "button", tabindex: first ? 0 : -1, "data-id": id, title: label, "aria-label": `${label}: open`, onclick: () => sheet.open(id, list()) },
       make("span", { class: "frame" }, picture(id, "")), text),
   );
 }
@@ -98,6 +107,7 @@ const sheet = {
     find(".facts h2", this.element).textContent = rows.key[id];
     find(".verdict", this.element).replaceChildren(...this.verdict(id));
     find(".facts tbody", this.element).replaceChildren(...this.lines(id));
+    find(".facts .settings", this.element).replaceChildren(...this.whereabouts(id));
     find(".steps output", this.element).textContent = `${whole(this.at + 1)} of ${whole(this.list.length)}`;
     find(".back", this.element).disabled = this.at === 0;
     find(".on", this.element).disabled = this.at === this.list.length - 1;
@@ -112,19 +122,24 @@ const sheet = {
   },
 
   lines(id) {
-    const line = (name, value, more, title) =>
-      make("tr", { title }, make("th", { scope: "row" }, name), make("td", { class: "n" }, value), make("td", {}, make("small", {}, more || "")));
+    const line = (name, title, ...cells) => make("tr", { title }, make("th", { scope: "row" }, name), ...cells);
+    const cell = (text) => make("td", { class: "n" }, text);
     const found = scores.map((score) => {
-      const value = rows.scores[score.name][id];
-      const place = percentile(score.name, value);
+      const value = rows.scores[score.name][id], place = percentile(score.name, value);
       const inClass = rows.percentiles[`${score.name}_percentile_in_class`]?.[id];
-      const more = [place == null ? null : `above ${place.toFixed(1)} %`, inClass == null ? null : `in its class ${percent(inClass)}`];
-      return line(score.label, short(value), more.filter(Boolean).join(" · "), `${score.name}: ${score.meaning} (${score.direction})`);
+      return line(score.label, `${score.name}: ${score.meaning} (${score.direction})`,
+        cell(short(value)), cell(place == null ? "–" : percent(place / 100)), cell(inClass == null ? "–" : percent(inClass)));
     });
-    for (const [name, values] of Object.entries(rows.predicted)) found.push(line(`prediction (${name})`, className(values[id]), values[id] === rows.label[id] ? "right" : rows.label[id] < 0 ? "" : "wrong"));
-    found.push(make("tr", {}, make("th", { scope: "row" }, "shard"), make("td", { colspan: 2 }, `${rows.shard[id]}: ${report.shards[rows.shard[id]]}`)));
-    found.push(make("tr", {}, make("th", { scope: "row" }, "row"), make("td", { colspan: 2 }, whole(rows.row[id]))));
+    for (const [name, values] of Object.entries(rows.predicted)) {
+      const outcome = rows.label[id] < 0 ? "" : values[id] === rows.label[id] ? "right" : "wrong";
+      found.push(line(`prediction (${name})`, null, make("td", { class: "n", colspan: 3 }, className(values[id]), outcome && make("small", {}, ` ${outcome}`))));
+    }
     return found;
+  },
+
+  whereabouts(id) {
+    const entry = (name, value) => make("div", {}, make("dt", {}, name), make("dd", {}, value));
+    return [entry("Shard", `${rows.shard[id]}: ${report.shards[rows.shard[id]]}`), entry("Row", whole(rows.row[id]))];
   },
 };
 
@@ -142,13 +157,28 @@ sheet.element.addEventListener("close", () => {
 });
 
 // ---- galleries ----
+// One stop of the Tab key for a whole grid; the arrow keys move within it.
+function moveInside(grid) {
+  grid.addEventListener("keydown", (event) => {
+    const shots = [...grid.querySelectorAll(".shot")], at = shots.indexOf(document.activeElement);
+    const wide = getComputedStyle(grid).gridTemplateColumns.split(" ").length;
+    const by = { ArrowLeft: -1, ArrowRight: 1, ArrowUp: -wide, ArrowDown: wide }[event.key];
+    if (!by || at < 0 || !shots[at + by]) return;
+    event.preventDefault();
+    shots[at + by].focus();
+  });
+  grid.addEventListener("focusin", (event) => {
+    for (const shot of grid.querySelectorAll(".shot")) shot.tabIndex = shot === event.target ? 0 : -1;
+  });
+}
+
 class Gallery {
   constructor(section, choose, lines, words) {
     Object.assign(this, { section, choose, lines, words, ids: [], shown: 0 });
     this.grid = find(".grid", section);
     this.more = find(".more", section);
     this.more.addEventListener("click", () => this.add());
-    this.grid.addEventListener("keydown", (event) => this.move(event));
+    moveInside(this.grid);
     find("form", section).addEventListener("submit", (event) => event.preventDefault());
     find("form", section).addEventListener("change", () => this.update());
   }
@@ -162,21 +192,11 @@ class Gallery {
 
   add() {
     const next = this.ids.slice(this.shown, this.shown + PAGE);
-    this.grid.append(...next.map((id) => tile(id, this.lines(id), () => this.ids)));
+    this.grid.append(...next.map((id, at) => tile(id, this.lines(id), () => this.ids, this.shown + at === 0)));
     this.shown += next.length;
     if (!this.ids.length) this.grid.append(make("p", { class: "empty" }, "No image of this file is like that."));
     this.more.hidden = this.shown >= this.ids.length;
     find("output", this.section).textContent = this.words(this.shown, this.ids.length);
-  }
-
-  move(event) {
-    const shots = [...this.grid.querySelectorAll(".shot")];
-    const at = shots.indexOf(document.activeElement);
-    const wide = getComputedStyle(this.grid).gridTemplateColumns.split(" ").length;
-    const by = { ArrowLeft: -1, ArrowRight: 1, ArrowUp: -wide, ArrowDown: wide }[event.key];
-    if (!by || at < 0 || !shots[at + by]) return;
-    event.preventDefault();
-    shots[at + by].focus();
   }
 }
 
@@ -186,6 +206,9 @@ function ranked(ids, name, highest) {
   const values = rows.scores[name];
   return ids.filter((id) => values[id] != null).sort((a, b) => (highest ? values[b] - values[a] : values[a] - values[b]) || a - b);
 }
+
+// The line under a picture that says which class it looks like instead.
+const doubt = (id) => (rows.scores["difficulty.margin"]?.[id] > 0 ? [["to", `→ ${className(rows.nearest[id])}`]] : []);
 
 function mainGallery(section) {
   const form = find("form", section).elements;
@@ -198,7 +221,6 @@ function mainGallery(section) {
   find(".labels", section).hidden = !report.doubted;
   const fits = (id) => !form.labels.value || (margin[id] != null && margin[id] > 0 === (form.labels.value === "doubt"));
   const choose = () => ranked(report.gallery.filter((id) => (!form.class.value || rows.class[id] === +form.class.value) && fits(id)), form.score.value, form.order.value === "high");
-  const doubt = (id) => (margin?.[id] > 0 ? [["to", `→ ${className(rows.nearest[id])}`]] : []);
   const lines = (id) => [["name", className(rows.class[id])], ...doubt(id), ["value", `${scoreOf.get(form.score.value).label} ${short(rows.scores[form.score.value][id])}`]];
   const gallery = new Gallery(section, choose, lines, (shown, all) => `${whole(shown)} of ${whole(all)} pictures in this file`);
   // How many from the top are the corpus's own, not just those of this file.
@@ -255,8 +277,9 @@ function classTable(section, gallery) {
   const low = Math.min(...boxes.map((entry) => entry.box[0])), high = Math.max(...boxes.map((entry) => entry.box[4]));
   const at = (value) => `${(100 * (value - low)) / (high - low || 1)}%`;
   const doubted = ranked.some((entry) => entry.doubted), label = scoreOf.get(report.main)?.label;
-  const heads = ["Class", ["Images", "n"], ...(boxes.length ? [[`${label}, median`, "n"], ["", "box"]] : []), ...(doubted ? [["Nearer another", "n"], "Most often"] : [])];
+  const heads = ["Class", ["Images", "n"], ...(boxes.length ? [[`${label}, median`, "n"], [`${label}, spread`, "box"]] : []), ...(doubted ? [["Nearer another", "n"], "Most often"] : [])];
   find("thead", table).append(make("tr", {}, ...heads.map((head) => (Array.isArray(head) ? make("th", { class: head[1] }, head[0]) : make("th", {}, head)))));
+  if (boxes.length) find("th.box", table).replaceChildren(make("div", { class: "scale" }, make("span", {}, short(low)), make("span", {}, `${label}, spread`), make("span", {}, short(high))));
   const range = (box) => {
     const span = (tag, from, to) => make(tag, { style: `left:${at(from)};width:${(100 * (to - from)) / (high - low || 1)}%` });
     return make("div", { class: "range" }, span("i", box[0], box[4]), span("b", box[1], box[3]), make("u", { style: `left:${at(box[2])}` }));
@@ -277,19 +300,47 @@ function classTable(section, gallery) {
   more.addEventListener("click", () => { find("tbody", table).append(...ranked.slice(FEW).map(line)); more.hidden = true; });
 }
 
+// ---- agreement ----
+function agreementTable(table) {
+  const { names, spearman, kendall } = report.agreement;
+  const cell = (i, j) => {
+    if (i === j) return make("td", { class: "itself" });
+    const value = (i > j ? spearman : kendall)[i][j];
+    if (value == null) return make("td", {}, "–");
+    const text = value.toFixed(2).replace(/^-0.00$/, "0.00").replace("-", "−");
+    const shade = `--share: ${(50 * Math.abs(value)).toFixed(1)}%`; // at half its strength a colour still lets the text be read
+    return make("td", { class: value < 0 ? "opposes" : "agrees", style: shade, title: `${names[i]} and ${names[j]}: ${i > j ? "Spearman" : "Kendall"} ${short(value)}` }, text);
+  };
+  table.append(
+    make("thead", {}, make("tr", {}, make("td", {}), ...names.map((name) => make("th", { scope: "col" }, make("span", {}, name))))),
+    make("tbody", {}, ...names.map((name, i) => make("tr", {}, make("th", { scope: "row" }, name), ...names.map((_, j) => cell(i, j))))),
+  );
+}
+
 // ---- start ----
-function strip(figure) {
-  const hard = report.main ? ranked(report.gallery, report.main, true) : report.gallery;
-  const ids = hard.slice(0, 18);
-  find(".grid", figure).append(...ids.map((id) => tile(id, [["name", className(rows.class[id])]], () => hard)));
-  find("figcaption", figure).textContent = report.main ? `The hardest by ${scoreOf.get(report.main).label}, under the class on their label.` : "Some images of this corpus.";
+// The first screen's pictures: what the two kinds of suspects look like, and what they differ from.
+function strips(parent) {
+  const margin = rows.scores["difficulty.margin"], score = scoreOf.get(report.main);
+  const hardest = score ? ranked(report.gallery, report.main, true) : [];
+  const strip = (caption, ids) => {
+    if (!ids.length) return;
+    const grid = make("div", { class: "grid", role: "list" });
+    grid.append(...ids.slice(0, 6).map((id, at) => tile(id, [["name", className(rows.class[id])], ...doubt(id)], () => ids, at === 0)));
+    moveInside(grid);
+    parent.append(make("figure", { class: "strip" }, make("figcaption", {}, caption), grid));
+  };
+  if (!score) strip("Some images of this corpus", report.gallery);
+  strip("Labels most in doubt: given → nearest class", report.suspects || []);
+  strip(`Hardest by ${score?.label}${report.doubted ? ", label fits" : ""}`, report.doubted ? hardest.filter((id) => margin[id] <= 0) : hardest);
+  strip(`Easiest by ${score?.label}`, [...hardest].reverse());
 }
 
 const galleryOf = (id, build) => (find(id) ? build(find(id)) : null);
 const gallery = galleryOf("#gallery", mainGallery);
 galleryOf("#suspects", suspectGallery);
 if (find("#classes")) classTable(find("#classes"), gallery);
-if (find("#strip") && report.gallery?.length) strip(find("#strip"));
+if (find("#agreement")) agreementTable(find("#agreement table"));
+if (find("#strips") && report.gallery?.length) strips(find("#strips"));
 
 const links = new Map([...document.querySelectorAll(".bar nav a")].map((link) => [link.getAttribute("href").slice(1), link]));
 const seen = new IntersectionObserver((entries) => {

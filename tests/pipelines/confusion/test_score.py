@@ -11,20 +11,23 @@ from ops.confusion import ConfusionScore
 from pipelines import columns, storage
 from pipelines.confusion import heads
 from pipelines.confusion import score as confusion
-from pipelines.confusion.members import Member, commit_epoch, find_member, load_epoch
-from pipelines.confusion.score import HeadScorer, ScoringPlan
+from pipelines.confusion.heads import HeadScorer
+from pipelines.confusion.members import Member, Placement, commit_epoch, find_member, load_epoch, plan_members
 from pipelines.run import Run, StageFailed
 from tests.pipelines.synthetic import make_run
 
 pytestmark = pytest.mark.usefixtures("ray_session")
-PLAN = ScoringPlan(workers=1, cpus_per_worker=0.5)
+PLAN = Placement(workers=1, cpus_per_worker=0.5)
 SIZES = (120, 80, 100)
 
 
 def trained(run, seeds=(0, 1), epochs=2, **options):
     training = heads.HeadTraining(batch_size=32, **options)
-    corpus = heads.measure(run)
-    return heads.train(run, confusion.plan_members(run, training, seeds), corpus, training, epochs, "cpu", 1)
+    return heads.train(run, members_of(run, training, seeds), training, epochs, PLAN)
+
+
+def members_of(run, training, seeds):
+    return plan_members(run, training.form, training.identity(1), seeds)
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +88,7 @@ def test_scores_equal_the_operator_on_the_same_probabilities(scored):
 def test_workers_batches_and_the_cut_into_shards_do_not_matter(scored, tmp_path):
     run, _, members = scored
     recut = make_run(tmp_path, (1, 99, 70, 130))[0]
-    plan = ScoringPlan(workers=4, cpus_per_worker=0.5, batch_rows=7)
+    plan = Placement(workers=4, cpus_per_worker=0.5, batch_rows=7)
     confusion.score(recut, run, members, 2, HeadScorer, plan)
     np.testing.assert_allclose(column(recut), column(run), atol=1e-5)
 
@@ -199,7 +202,7 @@ def test_bootstrap_counts_are_poisson_and_the_members_own(tmp_path):
 def test_another_training_is_another_member_and_more_shards_train_it_again(tmp_path):
     run = make_run(tmp_path, (40, 30))[0]
     sources = {
-        confusion.plan_members(run, training, [0])[0].source
+        members_of(run, training, [0])[0].source
         for training in (
             heads.HeadTraining(),
             heads.HeadTraining(learning_rate=0.1),
@@ -209,7 +212,7 @@ def test_another_training_is_another_member_and_more_shards_train_it_again(tmp_p
     assert len(sources) == 3
     trained(run, seeds=(0,), epochs=1)
     columns.write(run.uri, "embeddings", 1, columns.read(run.uri, "embeddings", 1), "changed")
-    assert confusion.plan_members(run, heads.HeadTraining(batch_size=32), [0])[0].epochs == 0
+    assert members_of(run, heads.HeadTraining(batch_size=32), [0])[0].epochs == 0
     assert [m.epochs for m in trained(run, seeds=(0,), epochs=1)] == [1]
 
 

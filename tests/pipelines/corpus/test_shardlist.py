@@ -143,3 +143,8 @@ def test_many_shards_of_a_folder_are_found_by_listing_it(tmp_path, monkeypatch):
     (tmp_path / "017.tar").unlink()
     with pytest.raises(ValueError, match=r"1 of 40 shards do not exist, the first is .*017\.tar"):
         expand_shards(spec)
+
+
+@pytest.mark.parametrize(("total", "count", "expected"), [(50, 2, [12, 37]), (3, 5, [0, 1, 2]), (7, 1, [3])])
+def test_evenly(total, count, expected):
+    assert shardlist.evenly(total, count) == expected

@@ -92,8 +92,8 @@ def test_three_confidences_each_with_its_own_ranking(predicted):
 
 def test_slices_count_every_sample_once(predicted):
     run, logits, labels = predicted
-    grouping = evaluation.Grouping.parse("difficulty.rmd:-1,1")
-    result = evaluated(run, grouping=grouping)
+    slicing = evaluation.Slicing.parse("difficulty.rmd:-1,1")
+    result = evaluated(run, slicing=slicing)
     correct = logits.argmax(axis=1) == labels
     for kind, parts in (("class", 3), ("difficulty", 10), ("group", 3)):
         entries = [entry for entry in result.slices if entry["slice"] == kind]
@@ -350,11 +350,11 @@ def test_rmd_is_left_out_with_a_reason(own, predicted):
 @pytest.mark.parametrize("text", ["rmd", "difficulty.rmd:a", "difficulty.rmd:3,1", ":5"])
 def test_a_grouping_that_is_none(text):
     with pytest.raises(ValueError, match="--groups"):
-        evaluation.Grouping.parse(text)
+        evaluation.Slicing.parse(text)
 
 
 def test_groups_by_value():
-    parts = evaluation.Grouping.parse("correctness.votes").parts(np.array([0, 2, 2, np.nan]))
+    parts = evaluation.Slicing.parse("correctness.votes").parts(np.array([0, 2, 2, np.nan]))
     assert {name: rows.sum() for name, rows in parts.items()} == {"votes = 0": 1, "votes = 2": 2}
 
 

@@ -11,14 +11,14 @@ from ops.selective import detection_metrics
 from ops.trust import TRUST_LOSSES
 from pipelines import columns
 from pipelines.evaluation.predict import Forward, predict
-from pipelines.evaluation.trust import Training, targets, trust
+from pipelines.evaluation.trust import OracleTraining, targets, trust
 from pipelines.run import Run
 from tests.pipelines.classifiers import nearest_mean, small_network
 from tests.pipelines.predicted import write_predictions
 from tests.pipelines.synthetic import make_run
 
 pytestmark = pytest.mark.usefixtures("ray_session")
-QUICK = Training(backbone="mlp:16", epochs=8, batch_size=16, lr=1e-2)
+QUICK = OracleTraining(backbone="mlp:16", epochs=8, batch_size=16, lr=1e-2)
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +126,7 @@ def test_a_classifier_that_is_always_right_leaves_nothing_to_learn(watched):
 @pytest.mark.parametrize("bad", [{"loss": "hinge"}, {"alpha_neg": 0.0}, {"epochs": 0}, {"gamma": -1.0}, {"lr": 0.0}])
 def test_training_options_that_cannot_be(bad):
     with pytest.raises(ValueError, match="--"):
-        Training(**bad)
+        OracleTraining(**bad)
 
 
 def test_trust_metrics_of_a_written_set(watched):

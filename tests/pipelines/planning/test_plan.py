@@ -83,11 +83,6 @@ def test_the_bottleneck():
     assert plan.bottleneck(dataclasses.replace(gpu, batch_seconds=(0.02,) * 3)).startswith("cores:")
 
 
-@pytest.mark.parametrize(("total", "count", "expected"), [(50, 2, [12, 37]), (3, 5, [0, 1, 2]), (7, 1, [3])])
-def test_evenly(total, count, expected):
-    assert plan.evenly(total, count) == expected
-
-
 def test_a_single_part_has_no_interval():
     assert plan.relative_half_width([3.0]) == 0.0
 
