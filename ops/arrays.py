@@ -20,7 +20,7 @@ Array = Any  # numpy.ndarray, torch.Tensor or cupy.ndarray
 
 
 def namespace(x: Array) -> ModuleType:
-    """The module, numpy or cupy, whose functions accept `x` (an ndarray of either)."""
+    """The module, numpy or cupy, whose functions accept `x`, an ndarray of either and of any shape."""
     cupy = sys.modules.get("cupy")
     return cupy if cupy is not None and isinstance(x, cupy.ndarray) else np
 
@@ -46,7 +46,7 @@ def on_device(x: np.ndarray, device: str) -> Array:
 
 
 def as_ndarray(x: Array) -> Array:
-    """`x` as an ndarray without a copy where that is possible: CPU tensors as numpy, CUDA tensors as cupy.
+    """`x`, of any shape, as an ndarray without a copy where that is possible: CPU tensors as numpy, CUDA tensors as cupy.
 
     bfloat16, which neither library has, becomes float32.
     """
@@ -59,13 +59,13 @@ def as_ndarray(x: Array) -> Array:
 
 
 def to_numpy(x: Array) -> np.ndarray:
-    """`x` on the host, as a numpy array (bfloat16 becomes float32)."""
+    """`x`, of any shape, on the host as a numpy array (bfloat16 becomes float32)."""
     x = as_ndarray(x.cpu() if is_tensor(x) else x)
     return x if isinstance(x, np.ndarray) else np.asarray(x.get() if hasattr(x, "get") else x)
 
 
 def like(result: Array, reference: Array) -> Array:
-    """The ndarray `result` as the kind of array that `reference` is (tensor on its device, numpy or cupy)."""
+    """The ndarray `result`, of any shape, as the kind of array that `reference` is (tensor on its device, numpy or cupy)."""
     if is_tensor(reference):
         torch = sys.modules["torch"]
         tensor = torch.from_numpy(result) if isinstance(result, np.ndarray) else torch.from_dlpack(result)

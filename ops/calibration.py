@@ -88,19 +88,19 @@ def confidence_reliability_curve(
 
 
 def maximum_calibration_error(probs: Array, labels: Array, bins: int = 15, binning: str = "width") -> float:
-    """Largest |accuracy − confidence| over non-empty bins, in [0, 1] (Guo et al. 2017).
+    """Largest |accuracy − confidence| over non-empty bins, a float in [0, 1] (Guo et al. 2017).
 
-    Parameters, binning rules and errors: `expected_calibration_error`.
+    `probs` of shape (n, K), `labels` (n,). Parameters, binning rules and errors: `expected_calibration_error`.
     """
     count, accuracy, confidence = _reliability(*_top_label(probs, labels), bins, binning)
     return float(np.abs(accuracy - confidence).max(where=count > 0, initial=0.0))
 
 
 def classwise_calibration_error(probs: Array, labels: Array, bins: int = 15, binning: str = "width") -> float:
-    """Mean over all K classes of `per_class_calibration_error`, in [0, 1] (cwECE; Zhou et al., eq. 12).
+    """Mean over all K classes of `per_class_calibration_error`, a float in [0, 1] (cwECE; Zhou et al., eq. 12).
 
-    Classes without a sample count too: some released code leaves them out. Parameters and errors:
-    `expected_calibration_error`.
+    Classes without a sample count too: some released code leaves them out. `probs` of shape (n, K), `labels` (n,).
+    Parameters and errors: `expected_calibration_error`.
     """
     return float(to_numpy(per_class_calibration_error(probs, labels, bins, binning)).mean())
 

@@ -16,8 +16,7 @@ _NAME = re.compile(r"cifar_(resnet|preact_resnet|wrn)(\d+)(?:_(\d+))?")
 class CifarResNet(nn.Module):
     """Three stages of basic blocks, `widths` channels each, at full, half and quarter resolution.
 
-    `forward` gives logits (B, K) of float images (B, 3, H, W); `forward_features` maps (B, C, H/4, W/4), and
-    `forward_head(…, pre_logits=True)` the penultimate features (B, C), as timm's models name them.
+    Its methods have the names of timm's models.
     """
 
     def __init__(
@@ -42,14 +41,17 @@ class CifarResNet(nn.Module):
         _initialize(self)
 
     def forward_features(self, x: Tensor) -> Tensor:
+        """Maps (B, C, H/4, W/4) of images (B, 3, H, W)."""
         x = self.blocks(self.act1(self.norm1(self.conv1(x))))
         return torch.relu(self.norm2(x))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Logits (B, K) of maps (B, C, h, w); with `pre_logits` the penultimate features (B, C)."""
         x = x.mean(dim=(2, 3))
         return x if pre_logits else self.fc(x)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Logits (B, K) of float images (B, 3, H, W)."""
         return self.forward_head(self.forward_features(x))
 
 

@@ -109,7 +109,7 @@ class ConfusionScore:
         return self._give(self._mean, rows)
 
     def spread(self, rows: Array | None = None) -> Array:
-        """Standard deviation over epochs (divided by their number) of each sample's entropy, in bits; else as `score`."""
+        """Standard deviation over epochs (divided by their number) of each sample's entropy, (N,) or (n,) bits; else as `score`."""
         return self._give(np.sqrt(self._squares / np.maximum(self._epochs, 1)), rows)
 
     @property

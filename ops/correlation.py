@@ -70,8 +70,8 @@ def error_bands(score: Array, errors: Array, edges: Array | int = 10) -> ErrorBa
 def error_correlation(score: Array, errors: Array, edges: Array | int = 10) -> ErrorCorrelation:
     """Pearson correlation of errors with a score, over bands and over samples.
 
-    Parameters and errors: `error_bands`. UndefinedMetricError (a ValueError) if fewer than two bands are filled, or
-    scores or error rates don't vary.
+    `score`, `errors` of shape (n,); parameters and errors: `error_bands`. UndefinedMetricError (a ValueError) if fewer than
+    two bands are filled, or scores or error rates don't vary.
 
     Notes
     -----

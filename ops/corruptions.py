@@ -70,36 +70,36 @@ def corrupt(image: torch.Tensor, kind: str, severity: int, seed: int | Sequence[
 # `corrupt` clips and rounds.
 
 
-def gaussian_noise(x: np.ndarray, severity: int, rng: np.random.Generator) -> np.ndarray:
+def _gaussian_noise(x: np.ndarray, severity: int, rng: np.random.Generator) -> np.ndarray:
     """Noise of a standard deviation: a sensor in low light."""
     sigma = _pick(x, severity, (0.08, 0.12, 0.18, 0.26, 0.38), (0.04, 0.06, 0.08, 0.09, 0.10))
     return x + rng.normal(scale=sigma, size=x.shape)
 
 
-def shot_noise(x: np.ndarray, severity: int, rng: np.random.Generator) -> np.ndarray:
+def _shot_noise(x: np.ndarray, severity: int, rng: np.random.Generator) -> np.ndarray:
     """Poisson noise of so many photons at white."""
     photons = _pick(x, severity, (60, 25, 12, 5, 3), (500, 250, 100, 75, 50))
     return rng.poisson(x * photons) / photons
 
 
-def impulse_noise(x: np.ndarray, severity: int, rng: np.random.Generator) -> np.ndarray:
+def _impulse_noise(x: np.ndarray, severity: int, rng: np.random.Generator) -> np.ndarray:
     """Salt and pepper on a fraction of the values."""
     fraction = _pick(x, severity, (0.03, 0.06, 0.09, 0.17, 0.27), (0.01, 0.02, 0.03, 0.05, 0.07))
     return np.where(rng.random(x.shape) < fraction, rng.integers(0, 2, x.shape), x)
 
 
-def speckle_noise(x: np.ndarray, severity: int, rng: np.random.Generator) -> np.ndarray:
+def _speckle_noise(x: np.ndarray, severity: int, rng: np.random.Generator) -> np.ndarray:
     """Noise in proportion to the value."""
     sigma = _pick(x, severity, (0.15, 0.2, 0.35, 0.45, 0.6), (0.06, 0.1, 0.12, 0.16, 0.2))
     return x + x * rng.normal(scale=sigma, size=x.shape)
 
 
-def gaussian_blur(x: np.ndarray, severity: int, rng: np.random.Generator) -> np.ndarray:
+def _gaussian_blur(x: np.ndarray, severity: int, rng: np.random.Generator) -> np.ndarray:
     """Gaussian of a standard deviation in pixels."""
     return _blur(x, _unit(x) * _pick(x, severity, (1, 2, 3, 4, 6), (0.4, 0.6, 0.7, 0.8, 1)))
 
 
-def defocus_blur(x: np.ndarray, severity: int, rng: np.random.Generator) -> np.ndarray:
+def _defocus_blur(x: np.ndarray, severity: int, rng: np.random.Generator) -> np.ndarray:
     """A disc of a radius in pixels, its rim softened."""
     small = ((0.3, 0.4), (0.4, 0.5), (0.5, 0.6), (1, 0.2), (1.5, 0.1))
     radius, soft = _pick(x, severity, ((3, 0.1), (4, 0.5), (6, 0.5), (8, 0.5), (10, 0.5)), small)
@@ -110,7 +110,7 @@ def defocus_blur(x: np.ndarray, severity: int, rng: np.random.Generator) -> np.n
     return _filter(x, disc)
 
 
-def glass_blur(x: np.ndarray, severity: int, rng: np.random.Generator) -> np.ndarray:
+def _glass_blur(x: np.ndarray, severity: int, rng: np.random.Generator) -> np.ndarray:
     """Pixels swapped with near ones, between two slight blurs: frosted glass."""
     large = ((0.7, 1, 2), (0.9, 2, 1), (1, 2, 3), (1.1, 3, 2), (1.5, 4, 2))
     small = ((0.05, 1, 1), (0.25, 1, 1), (0.4, 1, 1), (0.25, 1, 2), (0.4, 1, 2))
@@ -125,14 +125,14 @@ def glass_blur(x: np.ndarray, severity: int, rng: np.random.Generator) -> np.nda
     return _blur(x, sigma)
 
 
-def motion_blur(x: np.ndarray, severity: int, rng: np.random.Generator) -> np.ndarray:
+def _motion_blur(x: np.ndarray, severity: int, rng: np.random.Generator) -> np.ndarray:
     """A line of a random direction within 45° of level, weights falling off as a Gaussian."""
     small = ((6, 1), (6, 1.5), (6, 2), (8, 2), (9, 2.5))
     radius, sigma = _pick(x, severity, ((10, 3), (15, 5), (15, 8), (15, 12), (20, 15)), small)
     return _filter(x, _streak(radius * _unit(x), sigma * _unit(x), rng.uniform(-45, 45)))
 
 
-def zoom_blur(x: np.ndarray, severity: int, rng: np.random.Generator) -> np.ndarray:
+def _zoom_blur(x: np.ndarray, severity: int, rng: np.random.Generator) -> np.ndarray:
     """The mean of the picture and of its centre at growing magnifications."""
     large = ((1.11, 0.01), (1.16, 0.01), (1.21, 0.02), (1.26, 0.02), (1.31, 0.03))
     small = ((1.06, 0.01), (1.11, 0.01), (1.16, 0.01), (1.21, 0.01), (1.26, 0.01))
@@ -141,7 +141,7 @@ def zoom_blur(x: np.ndarray, severity: int, rng: np.random.Generator) -> np.ndar
     return (x + sum(_zoom(x, factor) for factor in factors)) / (len(factors) + 1)
 
 
-def fog(x: np.ndarray, severity: int, rng: np.random.Generator) -> np.ndarray:
+def _fog(x: np.ndarray, severity: int, rng: np.random.Generator) -> np.ndarray:
     """A plasma fractal of a strength and a roughness, added; then the brightest value as it was."""
     large = ((1.5, 2), (2, 2), (2.5, 1.7), (2.5, 1.5), (3, 1.4))
     strength, decay = _pick(x, severity, large, ((0.2, 3), (0.5, 3), (0.75, 2.5), (1, 2), (1.5, 1.75)))
@@ -149,7 +149,7 @@ def fog(x: np.ndarray, severity: int, rng: np.random.Generator) -> np.ndarray:
     return (x + strength * _plasma(x.shape[:2], decay, rng)[..., None]) * white / (white + strength)
 
 
-def frost(x: np.ndarray, severity: int, rng: np.random.Generator) -> np.ndarray:
+def _frost(x: np.ndarray, severity: int, rng: np.random.Generator) -> np.ndarray:
     """Ice made of ridged noise over the picture; the original lays photographs of frost over it."""
     large = ((1, 0.4), (0.8, 0.6), (0.7, 0.7), (0.65, 0.7), (0.6, 0.75))
     small = ((1, 0.2), (1, 0.3), (0.9, 0.4), (0.85, 0.4), (0.75, 0.45))
@@ -159,7 +159,7 @@ def frost(x: np.ndarray, severity: int, rng: np.random.Generator) -> np.ndarray:
     return kept * x + strength * ice
 
 
-def snow(x: np.ndarray, severity: int, rng: np.random.Generator) -> np.ndarray:
+def _snow(x: np.ndarray, severity: int, rng: np.random.Generator) -> np.ndarray:
     """Flakes: noise above a threshold, enlarged and blurred along a falling line; the picture whitened a little."""
     mean, sigma, scale, threshold, radius, spread, kept = _pick(x, severity, _SNOW_LARGE, _SNOW_SMALL)
     shape = tuple(max(2, int(np.ceil(side / (scale * _unit(x))))) for side in x.shape[:2])
@@ -186,7 +186,7 @@ _SNOW_SMALL = (
 )
 
 
-def spatter(x: np.ndarray, severity: int, rng: np.random.Generator) -> np.ndarray:
+def _spatter(x: np.ndarray, severity: int, rng: np.random.Generator) -> np.ndarray:
     """Drops on the lens: blurred noise above a threshold; water brightens, mud (severity 4, 5) covers."""
     mean, sigma, blur, threshold, strength, mud = _pick(x, severity, _SPATTER_LARGE, _SPATTER_SMALL)
     # Blurred noise has a smaller spread on larger pictures: noise is drawn at the constants' own scale, then stretched.
@@ -216,7 +216,7 @@ _SPATTER_SMALL = (
 )
 
 
-def brightness(x: np.ndarray, severity: int, rng: np.random.Generator) -> np.ndarray:
+def _brightness(x: np.ndarray, severity: int, rng: np.random.Generator) -> np.ndarray:
     """So much added to the V of HSV, hue and saturation kept."""
     added = _pick(x, severity, (0.1, 0.2, 0.3, 0.4, 0.5), (0.05, 0.1, 0.15, 0.2, 0.3))
     value = x.max(axis=-1, keepdims=True)
@@ -224,14 +224,14 @@ def brightness(x: np.ndarray, severity: int, rng: np.random.Generator) -> np.nda
     return np.where(value > 0, x / np.maximum(value, 1e-9), 1) * np.minimum(value + added, 1)
 
 
-def contrast(x: np.ndarray, severity: int, rng: np.random.Generator) -> np.ndarray:
+def _contrast(x: np.ndarray, severity: int, rng: np.random.Generator) -> np.ndarray:
     """Distances from each channel's mean, multiplied."""
     factor = _pick(x, severity, (0.4, 0.3, 0.2, 0.1, 0.05), (0.75, 0.5, 0.4, 0.3, 0.15))
     mean = x.mean(axis=(0, 1), keepdims=True)
     return (x - mean) * factor + mean
 
 
-def saturate(x: np.ndarray, severity: int, rng: np.random.Generator) -> np.ndarray:
+def _saturate(x: np.ndarray, severity: int, rng: np.random.Generator) -> np.ndarray:
     """S of HSV multiplied, then added to; hue and V kept. Severities 1 and 2 wash out, 3 to 5 glare."""
     large = ((0.3, 0), (0.1, 0), (2, 0), (5, 0.1), (20, 0.2))
     factor, added = _pick(x, severity, large, ((0.3, 0), (0.1, 0), (1.5, 0), (2, 0.1), (2.5, 0.2)))
@@ -242,7 +242,7 @@ def saturate(x: np.ndarray, severity: int, rng: np.random.Generator) -> np.ndarr
     return value * (1 - np.clip(saturation * factor + added, 0, 1) * share)
 
 
-def elastic_transform(x: np.ndarray, severity: int, rng: np.random.Generator) -> np.ndarray:
+def _elastic_transform(x: np.ndarray, severity: int, rng: np.random.Generator) -> np.ndarray:
     """A random affine map, then smooth random displacements."""
     side = min(x.shape[:2])
     strength, smooth, affine = side * np.array(_pick(x, severity, _ELASTIC_LARGE, _ELASTIC_SMALL))
@@ -269,7 +269,7 @@ _ELASTIC_LARGE = tuple(
 _ELASTIC_SMALL = ((0, 0, 0.08), (0.05, 0.2, 0.07), (0.08, 0.06, 0.06), (0.1, 0.04, 0.05), (0.1, 0.03, 0.03))
 
 
-def pixelate(x: np.ndarray, severity: int, rng: np.random.Generator) -> np.ndarray:
+def _pixelate(x: np.ndarray, severity: int, rng: np.random.Generator) -> np.ndarray:
     """Shrunk to a fraction of its sides by box averages, and enlarged again."""
     fraction = _pick(x, severity, (0.6, 0.5, 0.4, 0.3, 0.25), (0.95, 0.9, 0.85, 0.75, 0.65))
     height, width = x.shape[:2]
@@ -277,7 +277,7 @@ def pixelate(x: np.ndarray, severity: int, rng: np.random.Generator) -> np.ndarr
     return np.asarray(shrunk.resize((width, height), Image.Resampling.BOX)) / 255.0
 
 
-def jpeg_compression(x: np.ndarray, severity: int, rng: np.random.Generator) -> np.ndarray:
+def _jpeg_compression(x: np.ndarray, severity: int, rng: np.random.Generator) -> np.ndarray:
     """Through a JPEG of a quality."""
     quality = _pick(x, severity, (25, 18, 15, 10, 7), (80, 65, 58, 50, 40))
     stream = io.BytesIO()
@@ -286,30 +286,30 @@ def jpeg_compression(x: np.ndarray, severity: int, rng: np.random.Generator) -> 
 
 
 CORRUPTIONS: dict[str, Corruption] = {
-    function.__name__: function
+    function.__name__.removeprefix("_"): function
     for function in (
-        gaussian_noise,
-        shot_noise,
-        impulse_noise,
-        speckle_noise,
-        gaussian_blur,
-        defocus_blur,
-        glass_blur,
-        motion_blur,
-        zoom_blur,
-        snow,
-        frost,
-        fog,
-        spatter,
-        brightness,
-        contrast,
-        saturate,
-        elastic_transform,
-        pixelate,
-        jpeg_compression,
+        _gaussian_noise,
+        _shot_noise,
+        _impulse_noise,
+        _speckle_noise,
+        _gaussian_blur,
+        _defocus_blur,
+        _glass_blur,
+        _motion_blur,
+        _zoom_blur,
+        _snow,
+        _frost,
+        _fog,
+        _spatter,
+        _brightness,
+        _contrast,
+        _saturate,
+        _elastic_transform,
+        _pixelate,
+        _jpeg_compression,
     )
 }
-CORRUPTIONS["jpeg"] = jpeg_compression  # the short name of its file in CIFAR-10-C and here
+CORRUPTIONS["jpeg"] = _jpeg_compression  # the short name of its file in CIFAR-10-C and here
 
 
 def _pick(x: np.ndarray, severity: int, large: Sequence[Any], small: Sequence[Any]) -> Any:

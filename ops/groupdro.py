@@ -139,11 +139,11 @@ class GroupDRO:
         return own + (whole - own).detach()
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What a checkpoint needs to go on: weights and statistics, CPU tensors."""
+        """What a checkpoint needs to go on: weights and statistics, CPU tensors of shape (G,) or (4, G)."""
         return {"log_weights": self.adversary.log_weights.clone(), **self.statistics.state_dict()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Go on from a `state_dict`.
+        """Go on from a `state_dict`, its tensors of shape (G,) or (4, G).
 
         Raises
         ------
@@ -219,10 +219,12 @@ class GroupStatistics:
         return self._correct / self._judged
 
     def state_dict(self) -> dict[str, Tensor]:
+        """Running loss and who was seen, (G,) each, and the four sums (4, G)."""
         sums = torch.stack([self.counts, self._losses, self._judged, self._correct])
         return {"running_loss": self.running_loss.clone(), "seen": self._seen.clone(), "sums": sums}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Go on from tensors of the shapes that `state_dict` gives; unchecked."""
         loaded = {name: state[name].to("cpu", torch.float64).clone() for name in ("running_loss", "seen", "sums")}
         self.running_loss, self._seen = loaded["running_loss"], loaded["seen"]
         self.counts, self._losses, self._judged, self._correct = loaded["sums"]

@@ -3,18 +3,20 @@
 import numpy as np
 from scipy.special import expit, softmax
 
+from ops.arrays import Array, like, to_numpy
 
-def label_quality_of_margin(margin: np.ndarray) -> np.ndarray:
+
+def label_quality_of_margin(margin: Array) -> Array:
     """Probability of the given class against the nearest other one, of the class-conditional Gaussians.
 
     Parameters
     ----------
-    margin : ndarray of shape (n,)
+    margin : array of shape (n,), any float type
         md(label) − min over other classes of md, squared distances; NaN where there is no label.
 
     Returns
     -------
-    quality : ndarray of shape (n,), float64, in [0, 1]
+    quality : array of shape (n,), float64, in [0, 1], the kind of `margin`
         Below 0.5 where the features sit nearer another class. NaN stays.
 
     Notes
@@ -22,38 +24,41 @@ def label_quality_of_margin(margin: np.ndarray) -> np.ndarray:
     With equal priors and one covariance the densities are exp(−md / 2) up to a factor, so p(y) / (p(y) + p(other)) is
     σ(−margin / 2). The order is that of −margin.
     """
-    return expit(-np.asarray(margin, np.float64) / 2)
+    return like(expit(-to_numpy(margin).astype(np.float64) / 2), margin)
 
 
-def normalized_margin(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
+def normalized_margin(logits: Array, labels: Array) -> Array:
     """(p(label) − the largest other probability + 1) / 2, of a classifier.
 
     Parameters
     ----------
-    logits : ndarray of shape (n, K)
-    labels : ndarray of shape (n,), int
+    logits : array of shape (n, K), any float type
+    labels : array of shape (n,), int
         In [0, K); below 0 where there is none.
 
     Returns
     -------
-    quality : ndarray of shape (n,), float64, in [0, 1]
+    quality : array of shape (n,), float64, in [0, 1], the kind of `logits`
         Below 0.5 where another class is more probable; NaN without a label.
 
     Raises
     ------
     ValueError
-        If a label is K or above, or there is one class only.
+        If a label is K or above, shapes differ, or there is one class only.
 
     Notes
     -----
     Northcutt et al. 2021, "normalized margin".
     """
-    num_classes = logits.shape[1]
-    if num_classes < 2 or labels.max(initial=-1) >= num_classes:
-        raise ValueError(f"labels up to {labels.max(initial=-1)} for logits of {num_classes} classes")
-    probs = softmax(logits.astype(np.float64), axis=1)
-    rows = np.flatnonzero(labels >= 0)
-    given = np.full(len(labels), np.nan)
-    given[rows] = probs[rows, labels[rows]]
-    probs[rows, labels[rows]] = -np.inf
-    return (given - probs.max(axis=1) + 1) / 2
+    scores, given = to_numpy(logits).astype(np.float64), to_numpy(labels)
+    if scores.ndim != 2 or scores.shape[1] < 2:
+        raise ValueError(f"logits: expected shape (n, K) with K >= 2, got {scores.shape}")
+    if given.shape != scores.shape[:1] or given.max(initial=-1) >= scores.shape[1]:
+        found = f"up to {given.max(initial=-1)}, shape {given.shape}"
+        raise ValueError(f"labels: expected values below {scores.shape[1]}, shape {scores.shape[:1]}; found {found}")
+    probs = softmax(scores, axis=1)
+    rows = np.flatnonzero(given >= 0)
+    own = np.full(len(given), np.nan)
+    own[rows] = probs[rows, given[rows]]
+    probs[rows, given[rows]] = -np.inf
+    return like((own - probs.max(axis=1) + 1) / 2, logits)

@@ -34,7 +34,7 @@ def true_class(log_probs: Tensor, targets: Tensor) -> Tensor:
 
 
 def probability_of_not(log_p: Tensor) -> Tensor:
-    """1 − exp(log_p) without cancellation, kept above 0 so that a power of it has a finite gradient."""
+    """1 − exp(log_p) (n,) without cancellation, kept above 0 so that a power of it has a finite gradient."""
     return (-torch.expm1(log_p)).clamp_min(torch.finfo(log_p.dtype).tiny)
 
 

@@ -67,10 +67,8 @@ class RankTable:
         found = np.full(len(scores), np.nan, np.float32)
         mine, codes = groups[known], codes_of(scores[known], groups[known])
         at = np.searchsorted(self.lows, codes, side="right") - 1
-        below = at < np.searchsorted(
-            self.lows, mine.astype(np.uint64) << np.uint64(32)
-        )  # lower than the group's lowest
-        found[known] = np.where(below, 0, self.reached[at.clip(0)]) / self.totals[mine]
+        lowest = np.searchsorted(self.lows, mine.astype(np.uint64) << np.uint64(32))  # the first cell of the group
+        found[known] = np.where(at < lowest, 0, self.reached[at.clip(0)]) / self.totals[mine]
         return found
 
     def save(self, stream: IO[bytes]) -> None:
@@ -93,7 +91,7 @@ class Cells:
     part_bits: np.ndarray
 
     def count(self, codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Lowest codes of the parts that codes fall into, ascending, and how many fall into each."""
+        """Lowest codes (p,) uint64, ascending, of the parts that codes (n,) uint64 fall into, and how many fall into each."""
         at = np.searchsorted(self.lows, codes, side="right") - 1
         inside = (at >= 0) & (((codes - self.lows[at.clip(0)]) >> self.bits[at.clip(0)].astype(np.uint64)) == 0)
         parts = self.part_bits[at[inside]].astype(np.uint64)
@@ -134,7 +132,10 @@ class RankCounter:
         self.open: Cells | None = Cells(lows, np.full(groups, 32), np.full(groups, part_bits))
 
     def add(self, lows: np.ndarray, counts: np.ndarray) -> None:
-        """Take the counts of all parts of the open cells, summed over the corpus; decides what to divide next."""
+        """Take the counts of all parts of the open cells, as `Cells.count` gives them (p,), summed over the corpus.
+
+        Decides what to divide next.
+        """
         assert self.open is not None, "nothing is open"
         part_bits = self.open.part_bits[np.searchsorted(self.open.lows, lows, side="right") - 1]
         groups = (lows >> np.uint64(32)).astype(np.int64)

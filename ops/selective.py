@@ -167,7 +167,8 @@ def optimal_aurc(errors: Array) -> float:
 def excess_aurc(confidence: Array, errors: Array, ties: str = "stable") -> float:
     """AURC above that of a perfect ranking with the same error rate r: aurc − (r + (1 − r) ln(1 − r)).
 
-    Parameters and errors: `aurc`. At least 0; no errors: 0; all errors: 0. Lower is better.
+    `confidence`, `errors` of shape (n,); parameters and errors: `aurc`. A float of at least 0; no errors: 0; all errors: 0.
+    Lower is better.
 
     Notes
     -----
@@ -223,7 +224,7 @@ def accuracy_rejection_curve(confidence: Array, errors: Array, rates: Array | No
 def risk_at_coverage(confidence: Array, errors: Array, coverage: float) -> float:
     """Error rate among the ⌈coverage·n⌉ most confident samples, in [0, 1]; `coverage` in (0, 1].
 
-    Parameters and errors: `risk_coverage_curve`.
+    `confidence`, `errors` of shape (n,); parameters and errors: `risk_coverage_curve`.
     """
     check_range("coverage", coverage, 0, 1, open_low=True)
     risk = to_numpy(risk_coverage_curve(confidence, errors).risk)
@@ -272,7 +273,7 @@ def detection_metrics(confidence: Array, correct: Array) -> DetectionMetrics:
 def fpr_at_tpr(confidence: Array, correct: Array, tpr: float = 0.95) -> OperatingPoint:
     """False-positive rate and threshold where the true-positive rate first reaches `tpr`, in (0, 1].
 
-    Parameters and errors: `detection_metrics`. Accept where confidence >= threshold.
+    `confidence`, `correct` of shape (n,); parameters and errors: `detection_metrics`. Accept where confidence >= threshold.
     """
     check_range("tpr", tpr, 0, 1, open_low=True)
     scores, correct = _check_outcomes(confidence, correct)
@@ -284,7 +285,8 @@ def true_rates(confidence: Array, correct: Array, threshold: float = 0.5) -> Tru
     """Rates of right decisions when predictions above `threshold` are trusted.
 
     tpr: share of right predictions with confidence > threshold; tnr: share of wrong ones with confidence < threshold.
-    A confidence equal to the threshold counts for neither. Parameters and errors: `detection_metrics`.
+    A confidence equal to the threshold counts for neither. `confidence`, `correct` of shape (n,); parameters and errors:
+    `detection_metrics`.
 
     Notes
     -----

@@ -350,6 +350,24 @@ def test_metamis_threshold_is_strict_and_looks_at_correct_rows_only():
     assert found.temperature == pytest.approx(TemperatureScaling().fit(logits[kept], labels[kept]).temperature)
 
 
+def test_a_calibration_row_at_the_threshold_is_not_kept():
+    logits, labels = some_logits(n=200)
+    twice, labels = np.concatenate([logits, logits]), np.concatenate([labels, labels])
+    found = MetaCalibration("misclassification", alpha=0.5).fit(twice, labels, np.arange(200), np.arange(200, 400))
+    entropies = entropy(softmax(logits, axis=1), axis=1)
+    kept = entropies < found.threshold - 1e-9
+    expected = TemperatureScaling().fit(logits[kept], labels[:200][kept]).temperature
+    assert (np.abs(entropies - found.threshold) < 1e-9).sum() == 1
+    assert found.temperature == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize(("n", "size"), [(5, 1), (2000, 200), (20000, 500)])
+def test_a_tenth_of_the_rows_at_most_500_chooses_the_threshold(n, size):
+    first, second = MetaCalibration("accuracy", accuracy=0.9)._split(np.ones(n, bool), None, None)
+    assert len(first) == size
+    np.testing.assert_array_equal(np.sort(np.concatenate([first, second])), np.arange(n))
+
+
 @pytest.mark.parametrize("options", [("misclassification", 0.1, None), ("accuracy", None, 0.9)])
 def test_metacal_random_split_is_seeded_and_the_state_survives(options):
     logits, labels = some_logits(n=2000)

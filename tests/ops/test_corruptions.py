@@ -115,10 +115,33 @@ def test_defocus_spreads_a_point_over_its_disc():
     assert np.abs(bright[112 - 40 : 112 + 41, 112 - 40 : 112 + 41].T - bright[72:153, 72:153]).max() < 0.01
 
 
-def test_contrast_is_its_definition():
-    x = as_array(LARGE)
+def test_defocus_grows_with_the_picture():
+    def spread(side):
+        point = torch.zeros(3, side, side, dtype=torch.uint8)
+        point[:, side // 2, side // 2] = 255
+        return np.ptp(np.flatnonzero(corrupt(point, "defocus_blur", 2)[0].amax(dim=0))) + 1  # a radius of 4 of 224
+
+    assert spread(112) == 5 and 8 <= spread(224) <= 11
+
+
+def test_motion_blur_runs_more_across_than_down():
+    point = torch.zeros(3, 224, 224, dtype=torch.uint8)
+    point[:, 110:114, 110:114] = 255
+    for seed in range(6):
+        bright = corrupt(point, "motion_blur", 4, seed)[0] > 2
+        down, across = (np.ptp(np.flatnonzero(bright.any(dim=axis))) for axis in (1, 0))
+        assert across >= down and across > 8
+
+
+@pytest.mark.parametrize(("image", "factors"), [
+    (LARGE, (0.4, 0.3, 0.2, 0.1, 0.05)), (SMALL, (0.75, 0.5, 0.4, 0.3, 0.15)),
+])  # fmt: skip
+def test_contrast_is_its_definition(image, factors):
+    x = as_array(image)
     mean = x.mean(axis=(0, 1))
-    np.testing.assert_allclose(as_array(corrupt(LARGE, "contrast", 2)), (x - mean) * 0.3 + mean, atol=0.5 / 255 + 1e-9)
+    for severity, factor in zip(SEVERITIES, factors):
+        found = as_array(corrupt(image, "contrast", severity))
+        np.testing.assert_allclose(found, (x - mean) * factor + mean, atol=0.5 / 255 + 1e-9)
 
 
 @pytest.mark.parametrize("kind", ["brightness", "saturate"])

@@ -133,6 +133,17 @@ def test_kmeans_finds_separate_clusters_and_repeats():
     np.testing.assert_array_equal(found, kmeans_difficulty(features, centers=fit_centers(features, 3, seed=4)))
 
 
+def test_another_seed_starts_elsewhere():
+    features = np.random.default_rng(2).normal(size=(60, 2))
+    assert not np.array_equal(kmeans_difficulty(features, 9, seed=0), kmeans_difficulty(features, 9, seed=1))
+
+
+def test_blocks_of_rows_are_put_together_in_order():
+    features = np.random.default_rng(3).normal(size=(9_000, 2))
+    expected = np.linalg.norm(features[:, None] - features[:4], axis=2).min(axis=1)
+    np.testing.assert_allclose(kmeans_difficulty(features, centers=features[:4]), expected, rtol=1e-12)
+
+
 def test_minibatches_take_over_for_many_rows(monkeypatch):
     monkeypatch.setattr(difficulty, "MINIBATCH_ROWS", 50)
     np.testing.assert_allclose(kmeans_difficulty(clusters(), 3), kmeans_difficulty(clusters()[:49], 3)[0], atol=6)

@@ -231,6 +231,20 @@ def test_scores_agree_with_their_definitions():
         np.testing.assert_allclose(getattr(scores, name), getattr(distances, name), rtol=1e-12, atol=1e-12)
 
 
+def test_of_equally_near_classes_the_first_is_nearest():
+    model = fitted(np.array([[-2.0], [0], [0], [2]]), np.array([0, 0, 1, 1]))
+    scores = model.scores(np.zeros((3, 1)), np.array([0, 1, -1]))
+    assert scores.nearest_class.tolist() == [0, 0, 0]
+    assert scores.margin.tolist()[:2] == [0, 0]
+
+
+def test_rounding_makes_no_distance_negative():
+    features, labels = sample(400, k=20, separation=300.0)
+    model = fitted(features, labels)
+    distances = model.class_distances(model.class_means.astype(np.float32))
+    assert (distances >= 0).all() and np.abs(np.diag(distances)).max() < 1
+
+
 def test_rows_without_label_are_scored_but_not_fitted():
     features, labels = sample()
     some = np.where(np.arange(len(labels)) % 5 == 0, -1, labels)
@@ -301,6 +315,33 @@ def test_a_linearly_dependent_column_is_found_in_float32():
     features[:, 0] = features[:, 1] + features[:, 2]
     with pytest.raises(ValueError, match="rank 19 of d = 20"):
         fitted(features, labels)
+
+
+def narrow(deviation, dtype, seed=0):
+    """Two features, one of standard deviation 1, and their classes."""
+    rng = np.random.default_rng(seed)
+    return (rng.normal(size=(400, 2)) * [1, deviation]).astype(dtype), np.arange(400) % 2
+
+
+def test_working_precision_is_that_of_the_coarsest_features():
+    fine, labels = narrow(1e-4, np.float64)
+    coarse = fine.astype(np.float32)
+    assert fitted(fine, labels).rank == 2  # a ratio of eigenvalues of 1e-8
+    with pytest.raises(ValueError, match="rank 1 of d = 2"):
+        fitted(coarse, labels)
+    parts = GaussianStats(2, 2).update(fine, labels), GaussianStats(2, 2).update(coarse, labels)
+    for one, other in (parts, parts[::-1]):
+        with pytest.raises(ValueError, match="rank 1 of d = 2"):
+            one.merge(other).fit()
+    with pytest.raises(ValueError, match="rank 1 of d = 2"):
+        GaussianStats(2, 2).update(coarse, labels).update(fine, labels).fit()
+
+
+def test_auto_shrinks_what_none_takes_only_just():
+    features, labels = narrow(7e-4, np.float32)  # three times the limit
+    assert fitted(features, labels, "none").shrinkage == (0, 0)
+    assert min(fitted(features, labels, "auto").shrinkage) > 0
+    assert fitted(*narrow(7e-3, np.float32), "auto").shrinkage == (0, 0)
 
 
 def test_auto_leaves_a_good_covariance_alone():

@@ -55,6 +55,17 @@ def test_a_heads_start_and_gradient_do_not_depend_on_its_neighbours(hidden):
         torch.testing.assert_close(a.grad[0], b.grad[1], rtol=1e-5, atol=1e-6)
 
 
+def test_heads_start_as_linear_layers_do():
+    ensemble = HeadEnsemble(range(20), 400, 30, 100)
+    for depth, inside in ((0, 400), (1, 100)):
+        layer = nn.Linear(inside, 30)
+        for ours, theirs in ((ensemble.weights[depth], layer.weight), (ensemble.biases[depth], layer.bias)):
+            assert (
+                ours.abs().max().item() == pytest.approx(inside**-0.5, rel=0.01) and theirs.abs().max() <= inside**-0.5
+            )
+            assert ours.std().item() == pytest.approx((3 * inside) ** -0.5, rel=0.05)
+
+
 def test_load_head_brings_back_what_head_gave():
     one, other = HeadEnsemble([1, 2], 5, 3, 4), HeadEnsemble([7, 8], 5, 3, 4)
     other.load_head(0, one.head(1))

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 from scipy.special import softmax
 from scipy.stats import multivariate_normal
 
@@ -43,5 +44,18 @@ def test_normalized_margin_is_that_of_each_sample():
         else:
             assert found[row] == pytest.approx((probs[label] - np.delete(probs, label).max() + 1) / 2)
             assert (found[row] < 0.5) == (probs.argmax() != label)
-    with pytest.raises(ValueError, match="labels up to 4"):
+    with pytest.raises(ValueError, match=r"labels: expected values below 4.*found up to 4"):
         normalized_margin(logits, np.full(50, 4))
+    with pytest.raises(ValueError, match=r"labels: .*found up to 3, shape \(49,\)"):
+        normalized_margin(logits, labels[1:])
+    with pytest.raises(ValueError, match=r"logits: expected shape \(n, K\) with K >= 2"):
+        normalized_margin(logits[:, :1], labels)
+
+
+def test_tensors_in_tensors_out_and_none_of_none():
+    rng = np.random.default_rng(2)
+    logits, labels = torch.from_numpy(rng.normal(size=(9, 3))), torch.from_numpy(rng.integers(-1, 3, 9))
+    np.testing.assert_array_equal(normalized_margin(logits, labels), normalized_margin(logits.numpy(), labels.numpy()))
+    assert isinstance(normalized_margin(logits, labels), torch.Tensor)
+    assert isinstance(label_quality_of_margin(logits[:, 0].half()), torch.Tensor)
+    assert normalized_margin(np.empty((0, 3)), np.empty(0, int)).shape == (0,)

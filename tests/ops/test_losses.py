@@ -303,6 +303,31 @@ def test_autocast_changes_nothing(name):
         np.testing.assert_array_equal(LOSSES[name](logits, labels, **extra), expected)
 
 
+# Published settings that docstrings name as defaults.
+DEFAULTS = {
+    "label_smoothing": {"smoothing": 0.05},
+    "focal": {"gamma": 2.0},
+    "inverse_focal": {"gamma": 1.0},
+    "dual_focal": {"gamma": 5.0, "variant": "equation"},
+    "entropy_regularized": {"alpha": 0.1},
+    "l1_norm": {"alpha": 0.05},
+    "poly1": {"epsilon": 1.0},
+    "difficulty_entropy": {"alpha": 0.3},
+    "aurc": {"csf": "msp", "weighting": "harmonic"},
+    "selective_aurc": {"csf": "msp", "coverage": 0.75, "nu": 0.3, "edges": np.linspace(0, 1, 65)},
+    "kde_cross_entropy": {"bandwidth": None, "lam": 0.3, "p": 1, "kind": "canonical"},
+    "correctness_ranking": {"csf": "msp", "strength": 1.0},
+}
+
+
+@pytest.mark.parametrize("name", DEFAULTS)
+def test_defaults_are_the_published_settings(name):
+    logits, labels = batch()
+    extra = per_sample_arguments(name, len(labels))
+    expected = LOSSES[name](logits=logits, targets=labels, **extra, **DEFAULTS[name])
+    np.testing.assert_array_equal(LOSSES[name](logits, labels, **extra), expected)
+
+
 LOGITS, LABELS = batch(6, 4)
 NAN = np.where(np.arange(24).reshape(6, 4) == 5, np.nan, LOGITS)
 WRONG = {

@@ -66,6 +66,12 @@ def test_networks_take_bytes_or_floats(model):
     assert logits.shape == (2, 10)
 
 
+@pytest.mark.parametrize(("model", "channels"), [("resnet20", 64), ("preact_resnet20", 64), ("wrn10_2", 128)])
+def test_cifar_networks_end_at_a_quarter_of_the_resolution(model, channels):
+    features = network(f"cifar_{model}").net.forward_features(torch.rand(2, 3, 32, 32))
+    assert features.shape == (2, channels, 8, 8)
+
+
 def test_small_images_keep_the_resolution():
     net = network("resnet18", small_images=True)
     assert net.net.forward_features(torch.randn(1, 3, 32, 32)).shape[-2:] == (4, 4)
