@@ -11,10 +11,12 @@ from jobs.options import RunOptions
 
 def inspect(options: RunOptions) -> dict:
     """Print the summary of a run; reads only."""
+    from pipelines.planning.plan import against_actual
     from pipelines.run import Run
     from pipelines.summary import summarize
 
-    summary = summarize(Run.open(options.run))
+    run = Run.open(options.run)
+    summary = summarize(run) | {"plan": against_actual(run)}
     if not options.json:
         _show(summary)
     return summary

@@ -12,7 +12,7 @@ from typing import Any
 
 from jobs.command import Command, say
 from jobs.options import CorpusOptions, RunOptions, SessionOptions, WorkerOptions, at_least
-from jobs.session import ray_session
+from jobs.session import ray_session, tracked
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,7 +50,7 @@ def plan(session: SessionOptions, asked: PlanOptions, corpus: CorpusOptions, wor
         workers = dataclasses.replace(workers, device="cuda", workers=asked.gpus)
     run, config, shards = _corpus(asked, corpus)
     with ray_session(session):
-        session_s = time.monotonic() - started
+        session_s = time.monotonic() - started + _tracking_s()
         if asked.gpus is not None and not ray.cluster_resources().get("GPU"):
             raise ValueError(
                 f"--gpus {asked.gpus}: Ray has no GPU here to measure on; plan where there is one, "
@@ -88,6 +88,17 @@ def _corpus(asked: PlanOptions, corpus: CorpusOptions) -> tuple[Any, Any, list]:
     return None, stages.corpus_config(corpus, None), shards
 
 
+def _tracking_s() -> float:
+    """Seconds that a command spends on MLflow: its import, and a store that is new, as the first curate's is."""
+    started = time.monotonic()
+    with (
+        tempfile.TemporaryDirectory(prefix="hardset-plan-") as folder,
+        tracked("plan", RunOptions(run="plan", mlflow=f"sqlite:///{folder}/mlflow.db")),
+    ):
+        pass
+    return time.monotonic() - started
+
+
 def _scratch(run: Any, nodes: int) -> Any:
     """A folder to measure in: below the run, as its store counts, else a local one."""
     if run is not None:
@@ -99,6 +110,7 @@ def _scratch(run: Any, nodes: int) -> Any:
 
 def _show(found: dict[str, Any]) -> None:
     """The plan as a short table."""
+    from pipelines.planning.plan import STAGES
     from pipelines.progress import duration
 
     seconds, memory = found["seconds"], found["memory_bytes"]
@@ -109,9 +121,7 @@ def _show(found: dict[str, Any]) -> None:
         "corpus": f"{found['samples']:,} samples in {found['shards']:,} shards, {_size(found['read_bytes'])} to read",
         "workers": f"{found['workers']} on {found['device']}, {found['cores']:g} cores",
         "time": f"{duration(seconds['total'])} ({low} to {high}, {found['interval']})",
-        "of which": " · ".join(
-            f"{name} {duration(seconds[name])}" for name in ("start", "embed", "fit", "score", "select")
-        ),
+        "of which": " · ".join(f"{name} {duration(seconds[name])}" for name in ("start", *STAGES)),
         "cost": f"{hours}{found['core_hours']:,.1f} core hours",
         "rate": f"{found['samples_per_s']:,.0f} samples/s, {_size(found['read_bytes_per_s'])}/s from storage",
         "alone": " · ".join(f"{name} {rate:,.0f}/s" for name, rate in found["steps"].items()) + " in one worker",

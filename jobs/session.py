@@ -5,6 +5,8 @@ import dataclasses
 import logging
 import os
 import pathlib
+import sys
+import tempfile
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -53,12 +55,32 @@ def start_ray(tries: int = 3, **options: Any) -> None:
 
     for attempt in range(1, tries + 1):
         try:
-            ray.init(log_to_driver=False, logging_level="error", **options)
+            with _without_the_level_line():
+                ray.init(log_to_driver=False, logging_level="error", **options)
             return
         except Exception as error:  # a plain Exception is what Ray raises then
             if attempt == tries or "timed out during startup" not in str(error):
                 raise
             ray.shutdown()
+
+
+@contextlib.contextmanager
+def _without_the_level_line() -> Iterator[None]:
+    """Hold back standard error while Ray starts, whose core writes a line about its log level; what else came is passed on."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with tempfile.TemporaryFile() as heard:
+        os.dup2(heard.fileno(), 2)
+        try:
+            yield
+        finally:
+            sys.stderr.flush()
+            os.dup2(kept, 2)
+            os.close(kept)
+            heard.seek(0)
+            for line in heard:
+                if b"Set ray log level" not in line:
+                    os.write(2, line)
 
 
 class Tracker:

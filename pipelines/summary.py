@@ -9,7 +9,6 @@ import pyarrow as pa
 
 from pipelines import columns, storage
 from pipelines.corpus.shardlist import evenly
-from pipelines.planning.plan import against_actual
 from pipelines.run import Run
 
 QUANTILES = (0.0, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1.0)
@@ -19,7 +18,7 @@ NESTED = ("predictions", "trust")  # hold a column group per name
 
 
 def summarize(run: Run) -> dict[str, Any]:
-    """Everything that `hardset inspect` shows, JSON-able."""
+    """What `hardset inspect` shows of a run as it is, JSON-able."""
     embedded = columns.all_facts(run.uri, columns.EMBEDDINGS, len(run.shards))
     rows = sum(f["rows"] for f in embedded if f)
     left_out = sum(f["left_out"] for f in embedded if f)
@@ -37,7 +36,6 @@ def summarize(run: Run) -> dict[str, Any]:
         "quarantine": quarantine_reasons(run),
         "groups": {name: group_summary(run, name) for name in column_groups(run)},
         "stages": run.record["stages"],
-        "plan": against_actual(run),
         "subsets": [name.removeprefix("select/") for name in run.record["stages"] if name.startswith("select/")],
     }
 

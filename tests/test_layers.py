@@ -11,6 +11,8 @@ FORBIDDEN = {
     "pipelines": {"mlflow", "jobs"},
     "jobs": set(),
 }
+# Rooms of pipelines/ in the order in which data flow: each imports from those before it only.
+ROOMS = ("corpus", "curation", "training", "evaluation", "confusion", "report", "planning")
 MODULES = [path for package in FORBIDDEN for path in sorted((ROOT / package).rglob("*.py"))]
 
 
@@ -35,6 +37,18 @@ def imported(path: Path) -> set[str]:
 def test_a_layer_imports_nothing_of_the_layers_above(path):
     tops = {name.partition(".")[0] for name in imported(path)}
     assert not tops & FORBIDDEN[name_of(path).partition(".")[0]]
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_room_imports_from_the_rooms_before_it(room):
+    later = ROOMS[ROOMS.index(room) + 1 :]
+    for path in (ROOT / "pipelines" / room).glob("*.py"):
+        entered = {name.split(".")[1] for name in imported(path) if name.startswith("pipelines.")}
+        assert not entered & set(later), f"{path}: {entered & set(later)}"
+
+
+def test_every_room_has_its_place_in_that_order():
+    assert {path.parent.name for path in (ROOT / "pipelines").glob("*/__init__.py")} == set(ROOMS)
 
 
 @pytest.mark.parametrize("path", MODULES, ids=name_of)

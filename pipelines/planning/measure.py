@@ -1,7 +1,7 @@
 """Measure a few shards through the real pipeline: what `pipelines.planning.plan` projects from.
 
 First one worker alone, step by step: what each step could do, and a worker's memory. Then the pipeline as `embed` runs it,
-the same shards repeated until it has worked for a while, into a scratch run; then fit, score and select on that.
+the same shards repeated until it has worked for a while, into a scratch run; then fit, score, select and report on that.
 """
 
 import contextlib
@@ -24,6 +24,7 @@ from pipelines.curation import score as scoring
 from pipelines.curation import select as selecting
 from pipelines.curation.workers import DECODERS, STEPS, Resources
 from pipelines.planning.plan import Measured, StageCost
+from pipelines.report import page as reporting
 from pipelines.run import CorpusConfig, Run
 
 MOST_SHARDS = 64  # of the scratch run: repeating shards of a dozen images until they last is minutes of starting tasks
@@ -179,7 +180,7 @@ def _parts(times: np.ndarray, samples: np.ndarray, workers: int) -> tuple[float,
 
 
 def _stages(run: Run, few: int) -> dict[str, StageCost]:
-    """What fit, score and select cost, from the first `few` shards of the scratch run and from all of them."""
+    """What fit, score, select and report cost, from the first `few` shards of the scratch run and from all of them."""
     small = Run(run.uri, run.record | {"shards": run.record["shards"][:few], "stages": dict(run.record["stages"])})
 
     def fit(run: Run) -> None:
@@ -193,11 +194,15 @@ def _stages(run: Run, few: int) -> dict[str, StageCost]:
         by = "difficulty.rmd" if run.classes else "difficulty.md_agn"
         selecting.select(run, selecting.Rule(by, 0.1), SUBSET)
 
+    def report(run: Run) -> None:
+        reporting.report(run)
+
     found = {}
     for name, stage, product in (
         ("fit", fit, fitting.GAUSSIANS),
         ("score", score, columns.DIFFICULTY),
         ("select", select, f"subsets/{SUBSET}"),
+        ("report", report, "report"),
     ):
         entry = f"select/{SUBSET}" if name == "select" else name
         found[name] = _cost(stage, lambda some, e=entry, p=product: some.forget(e, p), small, run)

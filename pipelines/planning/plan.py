@@ -15,7 +15,7 @@ from pipelines import columns, storage
 from pipelines.run import Run
 
 CONFIDENCE = 0.9
-STAGES = ("embed", "fit", "score", "select")
+STAGES = ("embed", "fit", "score", "select", "report")
 # Of the driver, measured with a million shard entries (benchmarks/scale.md).
 DRIVER_BYTES = 500 << 20
 DRIVER_BYTES_PER_SHARD = 3_400
@@ -47,9 +47,9 @@ class Measured:
     startup_s : float
         Of the pipeline: until the workers work, and after the last one has ended.
     session_s : float
-        Of the command: imports, Ray, the encoder.
+        Of the command: imports, Ray, the encoder, MLflow.
     stages : dict of StageCost
-        fit, score, select.
+        fit, score, select, report.
     bytes_per_sample : dict
         Written, by column group.
     worker_bytes : int
@@ -221,9 +221,10 @@ def against_actual(run: Run) -> dict[str, Any] | None:
     plan = run.record.get("plan")
     if plan is None:
         return None
-    planned = {f"seconds {name}": plan["seconds"][name] for name in STAGES}
+    stages = [name for name in STAGES if name in plan["seconds"]]
+    planned = {f"seconds {name}": plan["seconds"][name] for name in stages}
     actual: dict[str, float] = {}
-    for name in STAGES:
+    for name in stages:
         entry = run.stage("select/hard" if name == "select" else name)
         if entry and "seconds" in entry:
             actual[f"seconds {name}"] = entry["seconds"]

@@ -9,6 +9,7 @@ from jobs.curate import main as curate
 from jobs.inspect import main as inspect
 from jobs.plan import main as plan
 from jobs.validate import main as validate
+from pipelines.planning.plan import STAGES
 from pipelines.run import Run
 
 pytestmark = pytest.mark.usefixtures("ray_session")
@@ -59,7 +60,7 @@ def test_validate_says_what_curate_leaves_out_and_plan_what_it_takes(shards, tmp
     assert planned["shards"] == 3 and planned["workers"] == 1 and planned["device"] == "cpu"
     low, high = planned["samples_interval"]
     assert low <= done["rows"] + done["left_out"] <= high
-    assert set(planned["seconds"]) == {"start", "embed", "fit", "score", "select", "total", "interval"}
+    assert set(planned["seconds"]) == {"start", *STAGES, "total", "interval"}
     assert planned["memory_bytes"]["worker"] > 100e6
     assert inspect(["--run", str(tmp_path / "run"), "--json"]) == 0
     beside = last_line(capsys)["plan"]

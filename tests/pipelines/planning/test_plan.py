@@ -24,7 +24,12 @@ MEASURED = Measured(
     batch_seconds=(0.002, 0.003, 0.002, 0.003),
     startup_s=10.0,
     session_s=5.0,
-    stages={"fit": StageCost(2.0, 0.1), "score": StageCost(1.0, 0.05), "select": StageCost(1.0, 0.0)},
+    stages={
+        "fit": StageCost(2.0, 0.1),
+        "score": StageCost(1.0, 0.05),
+        "select": StageCost(1.0, 0.0),
+        "report": StageCost(3.0, 0.01),
+    },
     bytes_per_sample={"embeddings": 1000.0, "difficulty": 50.0, "quarantine": 1.0, "subsets/hard": 1000.0},
     worker_bytes=1 << 30,
     device="cpu",
