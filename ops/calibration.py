@@ -351,9 +351,7 @@ def _check_probs(probs: Array, labels: Array) -> tuple[np.ndarray, np.ndarray]:
 
 def _check_logits(logits: Array) -> np.ndarray:
     logits = to_numpy(logits)
-    check_matrix("logits", logits)
-    if not np.isfinite(logits).all():
-        raise ValueError(f"logits: contains infinite values (shape {logits.shape})")
+    check_matrix("logits", logits, finite=True)
     return logits
 
 

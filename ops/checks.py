@@ -3,6 +3,7 @@
 They work on numpy, torch and cupy arrays alike. Broadcasting is never silent: a (n, 1) against a (n,) is an error.
 """
 
+import math
 import operator
 
 from ops.arrays import Array, is_tensor
@@ -14,16 +15,16 @@ class UndefinedMetricError(ValueError):
     """The data leave the metric undefined (only one outcome, no spread); the arguments themselves are fine."""
 
 
-def check_matrix(name: str, x: Array, columns: int | str = "K") -> None:
-    """`x` must be a non-empty array of shape (n, `columns`), a string for any number: real numbers, no NaN."""
+def check_matrix(name: str, x: Array, columns: int | str = "K", *, finite: bool = False) -> None:
+    """`x` must be a non-empty array of shape (n, `columns`), a string for any number: see `check_real`."""
     check_shape(name, x, ("n", columns))
-    check_real(name, x)
+    check_real(name, x, finite=finite)
 
 
-def check_vector(name: str, x: Array, length: int | None = None) -> None:
-    """`x` must be a non-empty array of shape (n,), or (`length`,) if that is given: real numbers, no NaN."""
-    check_shape(name, x, ("n" if length is None else length,))
-    check_real(name, x)
+def check_vector(name: str, x: Array, length: int | str = "n", *, finite: bool = False) -> None:
+    """`x` must be a non-empty array of shape (`length`,), a string for any number: see `check_real`."""
+    check_shape(name, x, (length,))
+    check_real(name, x, finite=finite)
 
 
 def check_labels(name: str, labels: Array, length: int, num_classes: int, *, lowest: int = 0) -> None:
@@ -46,8 +47,8 @@ def check_probabilities(name: str, probs: Array) -> None:
     _check_numbers(name, probs)
     for start in range(0, probs.shape[0], ROWS):
         block = probs[start : start + ROWS]
-        low, high = float(block.min()), float(block.max())
-        if low != low:  # NaN reaches the extremes
+        low, high = _extremes(block)
+        if low != low:
             raise ValueError(f"{name}: contains NaN (shape {tuple(probs.shape)})")
         if low < 0 or high > 1 + 1e-6:
             raise ValueError(f"{name}: probabilities must lie in [0, 1], found {low if low < 0 else high} (logits?)")
@@ -56,18 +57,21 @@ def check_probabilities(name: str, probs: Array) -> None:
             raise ValueError(f"{name}: each row must sum to 1, shape {tuple(probs.shape)}, one is off by {worst:.3g}")
 
 
-def check_zero_one(name: str, x: Array, length: int | None = None) -> None:
-    """`x` must be a non-empty array of shape (n,) of zeros and ones (or booleans), of `length` values if that is given."""
+def check_zero_one(name: str, x: Array, length: int | str = "n") -> None:
+    """`x` must be a non-empty array of shape (`length`,), a string for any number, of zeros and ones (or booleans)."""
     check_vector(name, x, length)
     if not bool(((x == 0) | (x == 1)).all()):
         raise ValueError(f"{name}: expected only 0 and 1 (or booleans), shape {tuple(x.shape)}")
 
 
-def check_real(name: str, x: Array) -> None:
-    """`x`, of any shape, must be real numbers, none of them NaN (the one value that differs from itself)."""
+def check_real(name: str, x: Array, *, finite: bool = False) -> None:
+    """`x`, not empty, must be real numbers, none of them NaN; with `finite`, nor infinite. By extremes: no temporary."""
     _check_numbers(name, x)
-    if bool((x != x).any()):
+    low, high = _extremes(x)
+    if low != low:  # NaN reaches the extremes, and is the one value that differs from itself
         raise ValueError(f"{name}: contains NaN (shape {tuple(x.shape)})")
+    if finite and (low == -math.inf or high == math.inf):
+        raise ValueError(f"{name}: contains infinity (shape {tuple(x.shape)})")
 
 
 def check_range(name: str, value: float, low: float, high: float, *, open_low: bool = False) -> None:
@@ -128,6 +132,11 @@ def _kind(x: Array) -> str | None:
             return "float"
         return None if x.dtype.is_complex else "bool" if str(x.dtype) == "torch.bool" else "integer"
     return {"i": "integer", "u": "integer", "b": "bool", "f": "float"}.get(x.dtype.kind)
+
+
+def _extremes(x: Array) -> tuple[float, float]:
+    x = x.detach() if is_tensor(x) else x
+    return float(x.min()), float(x.max())
 
 
 def _row_sums(x: Array) -> Array:

@@ -85,9 +85,7 @@ def error_correlation(score: Array, errors: Array, edges: Array | int = 10) -> E
 
 def _check(score: Array, errors: Array) -> tuple[np.ndarray, np.ndarray]:
     score, errors = to_numpy(score), to_numpy(errors)
-    check_vector("score", score)
-    if not np.isfinite(score).all():
-        raise ValueError(f"score: contains infinite values (shape {score.shape})")
+    check_vector("score", score, finite=True)
     check_zero_one("errors", errors, len(score))
     return score.astype(np.float64), errors.astype(np.float64)
 

@@ -199,9 +199,7 @@ def _checked_features(features: Array) -> np.ndarray:
 
 def _finite_float64(name: str, x: Array) -> Array:
     array = as_ndarray(x)
-    check_vector(name, array)
-    if not bool(namespace(array).isfinite(array).all()):
-        raise ValueError(f"{name}: contains infinity (shape {tuple(array.shape)})")
+    check_vector(name, array, finite=True)
     return array.astype(np.float64)
 
 

@@ -110,11 +110,9 @@ class GroupDRO:
         return self._robust(sums, means, counts, ranks).to(per_sample_losses.dtype)
 
     def _check(self, losses: Tensor, groups: Tensor, correct: Tensor | None) -> None:
-        check_vector("per_sample_losses", losses)
-        if not losses.dtype.is_floating_point or not bool(torch.isfinite(losses.detach()).all()):
-            raise ValueError(
-                f"per_sample_losses: expected finite floats, got dtype {losses.dtype}, shape {tuple(losses.shape)}"
-            )
+        check_vector("per_sample_losses", losses, finite=True)
+        if not losses.is_floating_point():
+            raise ValueError(f"per_sample_losses: expected floats, got dtype {losses.dtype}")
         check_labels("groups", groups, len(losses), self.num_groups)
         if correct is not None:
             check_zero_one("correct", correct, len(losses))

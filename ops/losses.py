@@ -379,11 +379,9 @@ def difficulty_entropy(logits: Array, targets: Array, weight: Array, alpha: floa
     check_range("alpha", alpha, 0.0, math.inf)
     log_probs = log_probabilities(logits)
     log_p = true_class(log_probs, targets)
-    check_vector("weight", weight, len(logits))
-    if not bool(((weight >= 0) & weight.isfinite()).all()):
-        raise ValueError(
-            f"weight: must be finite and not negative, found {float(weight.min())} to {float(weight.max())}"
-        )
+    check_vector("weight", weight, len(logits), finite=True)
+    if bool((weight < 0).any()):
+        raise ValueError(f"weight: must not be negative, found {float(weight.min())}")
     return (-log_p - alpha * weight.detach().to(log_p) * entropy(log_probs)).to(logits.dtype)
 
 

@@ -135,10 +135,9 @@ def _bin_edges(edges: Array | None, score: Tensor) -> Tensor:
     """The checked edges in the dtype of `score`, 64 equal bins on [0, 1] by default."""
     if edges is None:
         return torch.linspace(0, 1, DEFAULT_BINS + 1, dtype=score.dtype, device=score.device)
-    check_vector("edges", edges)
-    increasing = len(edges) >= 2 and bool((edges[1:] > edges[:-1]).all() & torch.isfinite(edges).all())
-    if not increasing:
-        raise ValueError(f"edges: expected at least 2 finite, strictly increasing values, shape {tuple(edges.shape)}")
+    check_vector("edges", edges, finite=True)
+    if len(edges) < 2 or bool((edges[1:] <= edges[:-1]).any()):
+        raise ValueError(f"edges: expected at least 2 strictly increasing values, shape {tuple(edges.shape)}")
     return edges.detach().to(score)
 
 

@@ -200,11 +200,9 @@ def _inputs(z: Tensor, correct: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _distance(z: Tensor) -> Tensor:
-    check_vector("z", z)
-    if not z.dtype.is_floating_point:
+    check_vector("z", z, finite=True)
+    if not z.is_floating_point():
         raise ValueError(f"z: expected floats, got dtype {z.dtype}")
-    if not bool(torch.isfinite(z).all()):
-        raise ValueError(f"z: contains infinity (shape {tuple(z.shape)})")
     return z.float() if z.dtype in (torch.float16, torch.bfloat16) else z
 
 

@@ -14,7 +14,7 @@ def test_bootstrap_of_a_mean_is_the_normal_interval():
     values = np.random.default_rng(0).normal(size=400)
     low, high = bootstrap_interval(np.mean, values, replicates=2000)
     half = 1.96 * values.std() / 20
-    np.testing.assert_allclose([low, high], [values.mean() - half, values.mean() + half], atol=0.15 * half)
+    np.testing.assert_allclose([low, high], [values.mean() - half, values.mean() + half], atol=0.06 * half)
     assert bootstrap_interval(np.mean, values, replicates=50, seed=1) == bootstrap_interval(
         np.mean, values, replicates=50, seed=1
     )

@@ -294,7 +294,7 @@ def test_calibrators_refuse_bad_input():
             calibrator.fit(np.ones((3, 2)), np.zeros((3, 1), int))
         with pytest.raises(ValueError, match="logits: contains NaN"):
             calibrator.fit(np.full((3, 2), np.nan), np.zeros(3, int))
-        with pytest.raises(ValueError, match="logits: contains infinite"):
+        with pytest.raises(ValueError, match="logits: contains infinity"):
             calibrator.fit(np.full((3, 2), np.inf), np.zeros(3, int))
         with pytest.raises(ValueError, match="isn't fitted"):
             calibrator.transform(np.ones((3, 2)))

@@ -62,7 +62,7 @@ def test_probabilities(kind, monkeypatch):
     for row, message in [
         ([0.5, float("nan")], "p: contains NaN"),
         ([1.5, -0.5], r"p: probabilities must lie in \[0, 1\], found -0.5"),
-        ([2.0, 0.0], r"p: probabilities must lie in \[0, 1\], found 2.0"),
+        ([1.25, 0.0], r"p: probabilities must lie in \[0, 1\], found 1.25"),
         ([0.5, 0.48], r"p: each row must sum to 1, shape \(5, 2\), one is off by 0.02"),
     ]:
         with pytest.raises(ValueError, match=message):
@@ -79,6 +79,9 @@ def test_matrices_and_outcomes(kind):
     ]:
         with pytest.raises(ValueError, match=message):
             check_matrix("x", kind(values))
+    for value in (np.inf, -np.inf):
+        with pytest.raises(ValueError, match="x: contains infinity"):
+            check_matrix("x", kind([[1.0, value]]), finite=True)
     check_zero_one("o", kind([True, False]))
     with pytest.raises(ValueError, match="o: expected only 0 and 1"):
         check_zero_one("o", kind([0, 2]))

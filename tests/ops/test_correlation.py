@@ -64,7 +64,7 @@ def test_a_score_without_variation_is_undefined():
         (np.arange(3.0), np.ones((3, 1)), 10, r"errors: expected shape \(3,\), got \(3, 1\)"),
         (np.arange(3.0)[:, None], np.ones(3), 10, r"score: expected shape \(n,\), got \(3, 1\)"),
         (np.array([0, np.nan]), np.ones(2), 10, "score: contains NaN"),
-        (np.array([0, np.inf]), np.ones(2), 10, "score: contains infinite"),
+        (np.array([0, np.inf]), np.ones(2), 10, "score: contains infinity"),
         (np.arange(3.0), np.full(3, 2), 10, "errors: expected only 0 and 1"),
         (np.arange(3.0), np.ones(3), np.array([2.0, 1.0]), "edges: expected at least two rising"),
         (np.arange(3.0), np.ones(3), np.array([5.0, 6.0]), "edges: no score lies in"),

@@ -204,7 +204,7 @@ def test_bad_arguments_are_named():
         (r"groups: values must lie in \[0, 2\), found -1", lambda: dro.loss(losses, groups - 1)),
         ("groups: expected integers", lambda: dro.loss(losses, groups * 0.5)),
         ("per_sample_losses: contains NaN", lambda: dro.loss(losses * np.nan, groups)),
-        ("per_sample_losses: expected finite", lambda: dro.loss(losses + np.inf, groups)),
+        ("per_sample_losses: contains infinity", lambda: dro.loss(losses + np.inf, groups)),
         ("per_sample_losses: is empty", lambda: dro.loss(losses[:0], groups[:0])),
         (r"correct: expected shape \(4,\)", lambda: dro.loss(losses, groups, groups[:3])),
         (r"group_counts: expected shape \(n,\)", lambda: GroupDRO(5)),

@@ -340,7 +340,7 @@ WRONG = {
     "one class": (LOGITS[:, :1], LABELS * 0, r"logits: .*\(6, 1\)"),
     "empty": (LOGITS[:0], LABELS[:0], "logits: is empty"),
     "nan": (NAN, LABELS, "logits: contains NaN"),
-    "infinite": (np.nan_to_num(NAN, nan=-np.inf), LABELS, "logits: contains an infinite value"),
+    "infinite": (np.nan_to_num(NAN, nan=-np.inf), LABELS, "logits: contains infinity"),
     "integers": (LOGITS.astype(int), LABELS, "logits: expected floats"),
 }
 
