@@ -65,7 +65,7 @@ def check_zero_one(name: str, x: Array, length: int | str = "n") -> None:
 
 
 def check_real(name: str, x: Array, *, finite: bool = False) -> None:
-    """`x`, not empty, must be real numbers, none of them NaN; with `finite`, nor infinite. By extremes: no temporary."""
+    """`x`, of any shape but empty, must be real numbers, none NaN; with `finite`, nor infinite. By extremes: no temporary."""
     _check_numbers(name, x)
     low, high = _extremes(x)
     if low != low:  # NaN reaches the extremes, and is the one value that differs from itself

@@ -206,10 +206,9 @@ def save_classifier(model: Classifier, folder: str | os.PathLike, **extra: Any) 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
-    record = {"format": FORMAT, "spec": dataclasses.asdict(model.spec), "extra": model.extra | extra}
-    text = json.dumps(record, indent=1, ensure_ascii=False) + "\n"
+    record = _record(model.spec, model.extra | extra)  # before anything is written: a value may be no JSON
     _replace(folder / WEIGHTS, safetensors.torch.save(tensors, {"format": FORMAT}))
-    _replace(folder / RECORD, text.encode())
+    _replace(folder / RECORD, record)
 
 
 def load_classifier(folder: str | os.PathLike) -> Classifier:
@@ -222,9 +221,7 @@ def load_classifier(folder: str | os.PathLike) -> Classifier:
     ValueError
         Where there is no checkpoint, or the folder holds something else. One line.
     """
-    found = Path(folder)
-    if not (found / RECORD).is_file() and (found / "best" / RECORD).is_file():
-        found = found / "best"
+    found = _checkpoint(folder)
     spec, extra = _read_record(found)
     try:
         model = build_classifier(spec)
@@ -240,12 +237,21 @@ def load_classifier(folder: str | os.PathLike) -> Classifier:
 
 def update_extra(folder: str | os.PathLike, **extra: Any) -> None:
     """Add values to a checkpoint's `model.json` (a calibration, say), the weights untouched."""
+    found = _checkpoint(folder)
+    spec, before = _read_record(found)
+    _replace(found / RECORD, _record(spec, before | extra))
+
+
+def _checkpoint(folder: str | os.PathLike) -> Path:
+    """The folder itself, or its `best` if only that holds a record."""
     folder = Path(folder)
-    if not (folder / RECORD).is_file() and (folder / "best" / RECORD).is_file():
-        folder = folder / "best"
-    spec, before = _read_record(folder)
-    record = {"format": FORMAT, "spec": dataclasses.asdict(spec), "extra": before | extra}
-    _replace(folder / RECORD, (json.dumps(record, indent=1, ensure_ascii=False) + "\n").encode())
+    best = folder / "best"
+    return best if (best / RECORD).is_file() and not (folder / RECORD).is_file() else folder
+
+
+def _record(spec: ClassifierSpec, extra: dict[str, Any]) -> bytes:
+    record = {"format": FORMAT, "spec": dataclasses.asdict(spec), "extra": extra}
+    return (json.dumps(record, indent=1, ensure_ascii=False) + "\n").encode()
 
 
 def _read_record(folder: Path) -> tuple[ClassifierSpec, dict[str, Any]]:
