@@ -141,7 +141,7 @@ def json_block(data: dict[str, Any]) -> str:
 
 
 def packed(script: str) -> str:
-    """A script as base64 of its gzip, the same bytes each time; the page unpacks it once it is at rest."""
+    """A script as base64 of its gzip, the same bytes each time; the page unpacks it for the first chart."""
     return base64.b64encode(gzip.compress(script.encode(), mtime=0)).decode()
 
 

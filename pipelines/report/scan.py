@@ -29,7 +29,7 @@ class Limits:
     """What the page holds and reads at most."""
 
     values: int = 1_000_000  # rows behind histograms and curves
-    points: int = 20_000  # of the scatter
+    points: int = 4_000  # of the scatter, drawn as SVG: plotly's WebGL needs eval, which the page forbids
     overall: int = 200  # hardest samples; half as many of the easiest, and by each other score
     per_class: int = 32
     pairs: int = 720  # likely label errors over all pairs of classes

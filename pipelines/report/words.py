@@ -135,7 +135,9 @@ def _suspects(found: dict[str, Any]) -> dict[str, str] | None:
     if len(data["pairs"]) > 1 and count > 2:
         text += f" Most often {names[given]} that looks like {names[nearest]} ({count:,})."
     if data["doubted"] > MANY_DOUBTS * found["rows"]:
-        text += " So many mean noisy labels, or features that hardly tell the classes apart: look at the largest margins."
+        text += (
+            " So many mean noisy labels, or features that hardly tell the classes apart: look at the largest margins."
+        )
     return {"text": text, "href": "#suspects", "link": "Likely label errors, the likeliest first"}
 
 

@@ -17,3 +17,11 @@ def lacking(tmp_path_factory, ray_session):
     from tests.pipelines.reported import make_lacking
 
     return make_lacking(tmp_path_factory.mktemp("lacking"))
+
+
+@pytest.fixture(scope="session")
+def hostile(tmp_path_factory, ray_session):
+    """A run whose names are made to break its report."""
+    from tests.pipelines.reported import make_hostile
+
+    return make_hostile(tmp_path_factory.mktemp("hostile"))

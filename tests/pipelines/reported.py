@@ -65,10 +65,26 @@ def make_reported(folder):
     return Run.open(run.uri)
 
 
+# Names that a corpus may bring: markup, a template, an object's own property, no name, a long one, one that turns the text around.
+NAMES = (HOSTILE, "<img src=x onerror=alert(1)>", "{{ 7 * 7 }}", "__proto__", "", "n" * 200, '\u202eback & "forth"')
+
+
+def make_hostile(folder):
+    """A scored run whose keys, class names and reasons of the quarantine are made to break the page."""
+    run, _, _ = make_run(folder, (140,), len(NAMES))
+    rewrite(run, 0, lambda table: table.set_column(0, "key", pa.array([f"{HOSTILE}{n}" for n in range(140)])))
+    quarantine(run, 0, NAMES)
+    fit(run)
+    score(run, Weighting())
+    report(run, NAMES)
+    return Run.open(run.uri)
+
+
 LACKING = {
     "unlabelled": {"sizes": (30,), "labelled": False},
     "one class": {"sizes": (30,), "classes": 1},
     "embedded": {"sizes": (20, 10)},
+    "all but one": {"sizes": (1,), "classes": 1},
     "empty": {"sizes": (0,)},
 }
 

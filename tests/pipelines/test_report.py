@@ -14,6 +14,8 @@ from PIL import Image
 from scipy.stats import kendalltau, spearmanr
 
 from pipelines import columns, storage
+from pipelines.report import page as page_module
+from pipelines.report import words
 from pipelines.report.curves import error_by_difficulty, histogram, wilson
 from pipelines.report.data import collect
 from pipelines.report.page import json_block, report
@@ -195,6 +197,52 @@ def test_a_shard_that_is_gone_costs_its_pictures_only(copied, tmp_path):
     assert set(found) == {(2, 3)} and "not there any more" in notes[0]
 
 
+def test_pictures_keep_to_their_share_of_the_page(copied):
+    wanted = [(2, 3), (0, 1), (2, 5)]
+    found, _ = pictures(copied, wanted, Limits())
+    assert list(found) == wanted
+    room = len(found[2, 3]) + len(found[0, 1])
+    assert list(pictures(copied, wanted, Limits(picture_chars=room))[0]) == wanted[:2]
+
+
+def test_text_and_charts_can_be_read_in_both_themes():
+    """WCAG 2.2 AA: 4.5:1 for text on every ground, 3:1 for what is drawn on the page and on cards."""
+    themes = re.findall(r"^:root.*?{(.*?)^}", page_module._asset("page.css"), re.S | re.M)
+    assert len(themes) == 2
+    for theme in themes:
+        colors = dict(re.findall(r"--([\w-]+): (#[0-9a-f]{6});", theme))
+        grounds = [colors[name] for name in ("ground", "raised", "tint")]
+        for name in ("ink", "soft", "faint", "accent"):
+            assert min(contrast(colors[name], ground) for ground in grounds) >= 4.5, name
+        for name in ("neutral", *(f"series-{n}" for n in range(1, 6))):
+            assert min(contrast(colors[name], ground) for ground in grounds[:2]) >= 3, name
+
+
+def contrast(first, second):
+    """Ratio of relative luminances, WCAG 2.2."""
+    lighter, darker = sorted((luminance(first), luminance(second)), reverse=True)
+    return (lighter + 0.05) / (darker + 0.05)
+
+
+def luminance(color):
+    parts = np.array([int(color[at : at + 2], 16) for at in (1, 3, 5)]) / 255
+    linear = np.where(parts <= 0.04045, parts / 12.92, ((parts + 0.055) / 1.055) ** 2.4)
+    return linear @ [0.2126, 0.7152, 0.0722]
+
+
+def test_the_first_screen_says_why_something_is_left_out():
+    entries = {
+        "label # is no class": (2, "label 17 is no class"),
+        "broken PNG (at byte #)": (1, "broken PNG (at byte 9)"),
+    }
+    quarantine = {
+        reason: {"count": n, "example": {"reason": example}, "examples": []} for reason, (n, example) in entries.items()
+    }
+    found = {"quarantine": quarantine, "left_out": 3}
+    assert words._quarantine(found)["text"] == "3 entries left out: label # is no class (2), broken PNG (1)."
+    assert words._reasons(found, 1) == "label # is no class (2) and 1 more reason"
+
+
 def test_no_more_is_read_than_asked(copied):
     found, _ = pictures(copied, [(2, 3), (0, 1), (2, 5)], Limits(read_bytes=copied.shards[2].size))
     assert set(found) == {(2, 3), (2, 5)}
@@ -210,7 +258,7 @@ def test_runs_that_lack_things(lacking):
     assert 'id="gallery"' in pages["unlabelled"] and 'id="suspects"' not in pages["unlabelled"]
     assert 'id="classes"' not in pages["one class"] and 'id="map"' not in pages["one class"]
     assert "There are no scores yet" in pages["embedded"] and 'id="scores"' not in pages["embedded"]
-    assert "7 entries left out" in pages["empty"] and "100.0 %" in pages["empty"]
+    assert "7 entries left out: no image (7)" in pages["empty"] and "100.0 %" in pages["empty"]
 
 
 def test_histogram_of_outliers_and_of_nothing():

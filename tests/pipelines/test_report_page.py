@@ -6,6 +6,8 @@ import shutil
 
 import pytest
 
+from tests.pipelines.reported import HOSTILE, NAMES
+
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
 
@@ -32,6 +34,7 @@ def visit(chromium, reported):
         page = context.new_page()
         page.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
         page.on("pageerror", lambda error: problems.append(str(error)))
+        page.on("dialog", lambda dialog: (problems.append(dialog.message), dialog.dismiss()))
         page.on("request", lambda r: None if r.url.startswith((address, "data:", "blob:")) else problems.append(r.url))
         page.goto(address)
         page.wait_for_selector("html[data-ready]")
@@ -62,6 +65,7 @@ def values(page, score):
 
 def test_every_chart_is_drawn_and_no_text_is_broken(visit):
     page = visit()
+    assert not page.evaluate("window.Plotly")  # reading it in would hold up the first click
     draw_all(page)
     assert page.locator("figure.chart .main-svg").count() >= 10
     assert not re.search(r"NaN|undefined|Infinity|null", page.locator("body").inner_text())
@@ -100,7 +104,8 @@ def test_a_click_opens_the_row_and_the_keyboard_goes_on(visit):
     rows = dict(
         zip(dialog.locator("tbody th").all_inner_texts(), dialog.locator("tbody tr td:nth-child(2)").all_inner_texts())
     )
-    assert {"rmd", "margin", "md", "weight", "prediction (mine)", "shard", "row"} <= set(rows)
+    assert {"rmd", "margin", "md", "weight", "prediction (mine)"} <= set(rows)
+    assert "train-000000.tar" in dialog.locator("dl").inner_text()
     shown = page.evaluate("short(report.rows.scores['difficulty.margin'][report.suspects[0]])")
     assert rows["margin"] == shown
     page.keyboard.press("ArrowRight")
@@ -119,6 +124,10 @@ def test_the_gallery_by_keyboard_alone(visit):
     tile = "document.activeElement.dataset.id"
     first = page.evaluate(tile)
     page.keyboard.press("ArrowRight")
+    assert page.evaluate(tile) not in (None, first)
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.className") == "more"  # a grid is one stop
+    page.keyboard.press("Shift+Tab")
     assert page.evaluate(tile) not in (None, first)
     page.keyboard.press("Enter")
     assert page.locator("dialog#row").is_visible()
@@ -181,15 +190,63 @@ def test_a_phone_has_nothing_beside_the_page(visit, scheme):
     box = page.locator("dialog#row").bounding_box()
     assert box["x"] >= 0 and box["x"] + box["width"] <= 390
     assert page.evaluate("(e => e.scrollWidth <= e.clientWidth)(document.querySelector('dialog#row'))")
+    names = page.locator("dialog#row tbody th", has_text=re.compile(r"^\w+$"))
+    assert names.count() > 5 and all(names.nth(n).bounding_box()["height"] < 40 for n in range(names.count()))
 
 
-@pytest.mark.parametrize("what", ["unlabelled", "one class", "embedded", "empty"])
-def test_runs_that_lack_things(visit, lacking, what):
+@pytest.mark.parametrize("width, density", [(1440, 1), (390, 2)])
+def test_small_pictures_show_their_pixels_whole(visit, width, density):
+    page = visit(width, device_scale_factor=density)
+    page.wait_for_selector("#gallery img.small")
+    times = page.evaluate(
+        "[...document.querySelectorAll('#gallery img.small')].map(e => e.clientWidth * devicePixelRatio / e.naturalWidth)"
+    )
+    assert all(value == round(value) >= 14 for value in times), times
+
+
+def test_the_first_screen_shows_what_to_look_at(visit):
+    page = visit()
+    strips = page.locator("#strips figure")
+    assert strips.count() == 3 and "in doubt" in strips.nth(0).inner_text()
+    margin = (
+        "selector => [...document.querySelectorAll(selector)].map(e => rows.scores['difficulty.margin'][e.dataset.id])"
+    )
+    assert min(page.evaluate(margin, "#strips figure:nth-child(1) .shot")) > 0
+    assert max(page.evaluate(margin, "#strips figure:nth-child(2) .shot")) <= 0
+
+
+def test_agreement_is_a_table(visit):
+    page = visit()
+    names = page.locator("#agreement tbody th").all_inner_texts()
+    row = page.locator("#agreement tbody tr").nth(names.index("margin")).locator("td")
+    expected = page.evaluate("report.agreement.spearman[report.agreement.names.indexOf('margin')][0].toFixed(2)")
+    assert names[0] == "rmd" and row.nth(0).inner_text().replace("−", "-") == expected
+
+
+def test_names_that_would_break_the_page(visit, hostile):
+    page = visit(390, run=hostile)
+    draw_all(page)
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    assert page.locator("img:not([src^='data:'])").count() == 0 and page.locator("script[src]").count() == 0
+    assert page.title() == "run · hardset" and "49" not in page.locator("#gallery [name=class]").inner_text()
+    assert set(NAMES) - {""} <= set(
+        page.locator("#gallery [name=class] option").evaluate_all("all => all.map(e => e.text)")
+    )
+    assert NAMES[1] in page.locator("#quarantine").inner_text()
+    page.locator("#gallery .shot").first.click()
+    assert page.locator("dialog#row h2").inner_text().startswith(HOSTILE)
+    assert page.locator("dialog#row").bounding_box()["width"] <= 390
+
+
+@pytest.mark.parametrize(
+    "what, pictures", [("unlabelled", 12), ("one class", 12), ("embedded", 6), ("all but one", 1), ("empty", 0)]
+)
+def test_runs_that_lack_things(visit, lacking, what, pictures):
     page = visit(390, run=lacking[what])
     draw_all(page)
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
     tiles = page.locator("#start .shot")
-    assert tiles.count() == (0 if what == "empty" else 18)
+    assert tiles.count() == pictures
     if tiles.count():
         tiles.first.click()
         assert page.locator("dialog#row").is_visible()

@@ -7,6 +7,7 @@ const series = (number) => style(`--series-${1 + (number % 5)}`);
 const plain = (text) => String(text).replaceAll("&", "&amp;").replaceAll("<", "&lt;").replaceAll(">", "&gt;");
 const narrow = () => innerWidth < 640;
 const CONFIG = { displayModeBar: false, responsive: false, showTips: false };
+const EXTREMES = 200; // of the likeliest label errors and of the hardest, beside the evenly spaced points of the map
 const drawn = new Map(); // element -> function that draws it
 
 function axis(title, more = {}) {
@@ -49,31 +50,32 @@ function histogram(element, score) {
 const charts = {
   map(element) {
     const x = rows.scores["difficulty.margin"], y = rows.scores["difficulty.rmd"];
-    const both = report.points.filter((id) => x[id] != null && y[id] != null);
-    const few = gl ? both : both.filter((_, i) => i % Math.ceil(both.length / 4000) === 0);
-    const fitting = both.filter((id) => x[id] <= 0).map((id) => y[id]).sort((a, b) => a - b);
+    const spaced = report.points.filter((id) => x[id] != null && y[id] != null);
+    const extreme = [...(report.suspects || []).slice(0, EXTREMES), ...ranked(report.gallery, "difficulty.rmd", true).slice(0, EXTREMES)];
+    const shown = [...new Set([...spaced, ...extreme.filter((id) => x[id] != null)])];
+    const fitting = spaced.filter((id) => x[id] <= 0).map((id) => y[id]).sort((a, b) => a - b);
     const hard = fitting[Math.floor(0.9 * fitting.length)];
     const groups = { rest: [], hard: [], doubt: [] };
-    for (const id of few) groups[x[id] > 0 ? "doubt" : y[id] >= hard ? "hard" : "rest"].push(id);
+    for (const id of shown) groups[x[id] > 0 ? "doubt" : y[id] >= hard ? "hard" : "rest"].push(id);
     const colors = { rest: style("--neutral"), hard: style("--series-2"), doubt: style("--series-1") };
     const point = (id) => `<b>${plain(rows.key[id])}</b><br>labelled ${plain(className(rows.label[id]))}${rows.nearest[id] !== rows.label[id] ? `, looks like ${plain(className(rows.nearest[id]))}` : ""}`;
     Plotly.react(element, Object.entries(groups).map(([kind, ids]) => ({
-      type: gl ? "scattergl" : "scatter", mode: "markers", x: ids.map((id) => x[id]), y: ids.map((id) => y[id]), customdata: ids, text: ids.map(point),
-      marker: { size: 5, color: colors[kind], opacity: kind === "rest" ? 0.3 : 0.62, line: { width: 0 } },
+      type: "scatter", mode: "markers", x: ids.map((id) => x[id]), y: ids.map((id) => y[id]), customdata: ids, text: ids.map(point),
+      marker: { size: 5, color: colors[kind], opacity: kind === "rest" ? 0.4 : 0.62, line: { width: 0 } },
       hovertemplate: "%{text}<br>margin %{x:.4~g}, rmd %{y:.4~g}<extra></extra>",
     })), layout({
       xaxis: axis("margin: doubt of the label →", { zeroline: false }), yaxis: axis("rmd: difficulty →", { zeroline: false }),
       shapes: [{ type: "line", x0: 0, x1: 0, yref: "paper", y0: 0, y1: 1, line: { color: style("--faint"), width: 1, dash: "dot" } }],
       height: element.clientHeight || undefined,
     }), CONFIG);
-    if (gl && find(".no-webgl", element)) { gl = false; Plotly.purge(element); charts.map(element); return; }
     if (!element.dataset.bound) {
       element.dataset.bound = "yes";
-      element.on("plotly_webglcontextlost", () => { gl = false; element.dataset.bound = ""; Plotly.purge(element); charts.map(element); });
-      element.on("plotly_click", ({ points }) => sheet.open(points[0].customdata, [...report.points].sort((a, b) => (x[b] ?? -Infinity) - (x[a] ?? -Infinity))));
+      element.on("plotly_click", ({ points }) => sheet.open(points[0].customdata, [...shown].sort((a, b) => x[b] - x[a])));
     }
-    const pictured = both.filter((id) => rows.picture[id] >= 0).length;
-    find("#map-note").textContent = `${whole(few.length)} of ${whole(report.total)} images, evenly spaced over the corpus${gl ? "" : "; fewer, as this browser has no WebGL"}. ${whole(pictured)} of them have their picture in this file.`;
+    const pictured = shown.filter((id) => rows.picture[id] >= 0).length;
+    find("#map-note").textContent = spaced.length < report.total
+      ? `${whole(spaced.length)} of ${whole(report.total)} images, evenly spaced over the corpus, and the likeliest label errors and hardest images: ${whole(shown.length)} in all, ${whole(pictured)} with their picture in this file.`
+      : `All ${whole(report.total)} images, ${whole(pictured)} with their picture in this file.`;
   },
 
   difficulty(element) {
@@ -154,7 +156,6 @@ function severity(element, title, value, format) {
 
 const evaluated = () => Object.entries(report.sets || {}).filter(([, set]) => set);
 const hide = (element) => { element.hidden = true; element.closest(".card").hidden = true; drawn.delete(element); };
-let gl = true; // until it proves otherwise
 
 // ---- when to draw ----
 async function unpacked(base64) {
@@ -177,8 +178,7 @@ async function drawFirst(element) {
 
 const near = new IntersectionObserver((entries) => {
   for (const { target, isIntersecting } of entries) if (isIntersecting) drawFirst(target);
-}, { rootMargin: "300px 0px" });
-addEventListener("load", () => (window.requestIdleCallback || setTimeout)(loadPlotly));
+}, { rootMargin: "1000px 0px" }); // not at once: reading plotly in would hold up the first clicks
 
 function later(element, draw) {
   drawn.set(element, () => draw(element));
