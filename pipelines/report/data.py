@@ -23,6 +23,7 @@ from pipelines.report.scan import (
     scan,
     shown_class,
 )
+from pipelines.report.words import visible
 from pipelines.run import Run
 from pipelines.summary import quarantine_reasons
 
@@ -150,8 +151,8 @@ def shown_names(run: Run, given: Sequence[str], found: dict[int, int]) -> list[s
     if given and run.config.class_names is None:
         if len(given) < len(names):
             raise ValueError(f"--classes: {len(given)} names, the run has {len(names)} classes")
-        return list(given)
-    return names
+        names = list(given)
+    return [visible(name) or f"class {label}" for label, name in enumerate(names)]
 
 
 class _Ids:

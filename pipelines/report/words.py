@@ -7,6 +7,14 @@ from typing import Any
 from pipelines.progress import duration
 from pipelines.run import Run
 
+# They turn around the text after them, ours too: U+202A to U+202E embed and override, U+2066 to U+2069 isolate.
+DIRECTIONS = re.compile("[\u202a-\u202e\u2066-\u2069]")
+
+
+def visible(text: str) -> str:
+    """Text of the corpus as it may stand in a sentence: what would change the direction of writing is shown as U+FFFD."""
+    return DIRECTIONS.sub("\ufffd", text)
+
 
 def run_name(run: Run) -> str:
     """The last part of the run's path."""
@@ -84,7 +92,7 @@ def _reasons(found: dict[str, Any], most: int) -> str:
 
 def in_words(reason: str, entry: dict[str, Any]) -> str:
     """A reason of the quarantine; that of a single sample with its own digits."""
-    return entry["example"]["reason"] if entry["count"] == 1 else reason
+    return visible(entry["example"]["reason"] if entry["count"] == 1 else reason)
 
 
 def _brief(reason: str) -> str:
