@@ -6,6 +6,7 @@ Status 0: done. 2: the user's mistake, one line that names the option or file. 1
 import dataclasses
 import json
 import os
+import re
 import signal
 import sys
 import typing
@@ -26,9 +27,13 @@ class OneLineParser(ArgumentParser):
     """jsonargparse's parser with errors of one line and exit status 2."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        text = " ".join(str(message).split()).replace("Parser key ", "option ")
+        text = _readable(" ".join(str(message).split()))
         sys.stderr.write(f"{self.prog}: error: {text} (see {self.prog} --help)\n")
         raise SystemExit(2)
+
+    def format_help(self) -> str:
+        """Without what jsonargparse adds to options that have no value: their help tells what happens then."""
+        return re.sub(r",\s+default:\s+null|\s+\|\s+null", "", super().format_help()).replace(".:\n", ":\n")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +69,10 @@ class Command:
         parser.add_argument("--config", action=ActionConfigFile, help="YAML file of these options; flags override it")
         for group in self.groups:
             _add_options(parser, group)
-        values = parser.parse_args([_dashed(word) for word in argv])
+        try:
+            values = parser.parse_args([_dashed(word) for word in argv])
+        except (OSError, UnicodeDecodeError) as error:  # what else is read here than --config
+            parser.error(f"--config: cannot be read as a YAML file ({error})")
         try:
             return [
                 group(**{f.name: getattr(values, f.name) for f in dataclasses.fields(group)}) for group in self.groups
@@ -132,9 +140,27 @@ def _add_options(parser: ArgumentParser, group: type) -> None:
             target.add_argument(flag, type=hint, **about)
 
 
+def _readable(message: str) -> str:
+    """A mistake in an option as jsonargparse words it -> the option as it is typed, what was found, what would do."""
+    found = re.match(r'Parser key "(\w+)": (.*)', message)
+    if found is None:
+        message = re.sub(r"(arguments are required:) (\w+)", lambda m: f"{m[1]} --{m[2].replace('_', '-')}", message)
+        return message.replace(
+            "Unexpected config:", "--config: expected options as a mapping of names to values, found"
+        )
+    flag, text = "--" + found[1].replace("_", "-"), found[2]
+    names = {"int": "a whole number", "float": "a number", "bool": "yes or no", "str": "text"}
+    kinds = re.findall(r"<class '(\w+)'>", text.partition("Errors:")[0])
+    wanted = " or ".join(names[kind] for kind in kinds if kind in names)
+    if choices := re.search(r"Literal\[(.*?)\]", text):
+        wanted = f"one of {choices[1]}"
+    value = re.search(r"(?:Got value|Given value): (.*)$", text)
+    return f"{flag} {value[1]}: expected {wanted}" if wanted and value else f"{flag}: {text}"
+
+
 def _dashed(word: str) -> str:
-    """--max_bad_fraction=0.1 -> --max-bad-fraction=0.1; values stay as they are."""
-    if not word.startswith("--"):
+    """--max_bad_fraction=0.1 -> --max-bad-fraction=0.1; values stay as they are, and so does jsonargparse's own flag."""
+    if not word.startswith("--") or word.startswith("--print_config"):
         return word
     flag, equals, value = word.partition("=")
     return flag.replace("_", "-") + equals + value

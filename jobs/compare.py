@@ -60,7 +60,7 @@ def compare(options: MaybeRunOptions, comparison: CompareOptions) -> dict[str, A
     if comparison.bands < 2:
         raise ValueError(f"--bands {comparison.bands}: at least 2")
     run = Run.open(options.run)
-    other = run if comparison.other is None else Run.open(comparison.other)
+    other = run if comparison.other is None else Run.open(comparison.other, "--other")
     names = (comparison.column, comparison.other_column or comparison.column)
     with tracked("compare", options, comparison) as tracker:
         found = comparing.compare_columns(run, other, *names)

@@ -71,7 +71,7 @@ class ConfusionOptions:
 def confusion(options: RunOptions, ensemble: ConfusionOptions) -> dict[str, Any]:
     """Train what is not trained yet, then score the run, and the other one where one is given."""
     run = Run.open(options.run)
-    other = None if ensemble.score_run is None else Run.open(ensemble.score_run)
+    other = None if ensemble.score_run is None else Run.open(ensemble.score_run, "--score-run")
     if other is not None:
         if ensemble.input == "embeddings":
             scoring.check_same_encoder(run, other)

@@ -8,7 +8,7 @@ import sys
 from typing import Any
 
 from jobs.command import Command, say
-from jobs.options import RunOptions
+from jobs.options import SessionOptions, at_least, named
 from jobs.session import ray_session
 
 
@@ -26,15 +26,13 @@ class CorruptOptions:
     """from 1 (mild) to 5 (strong)"""
     seed: int = 0
     """of noise, directions and shapes"""
-    json: bool = False
-    """print one JSON object as the last line: counts, seconds, folders"""
-    ray_address: str = "auto"
-    """a cluster's address, local for a Ray of its own, or auto: RAY_ADDRESS where it is set, else local"""
-    ray_cpus: int | None = None
-    """CPU cores of a local Ray (default: all)"""
+
+    def __post_init__(self) -> None:
+        at_least(self, 0, ("seed",))
+        named(self, ("out",))
 
 
-def corrupt(asked: CorruptOptions) -> dict[str, Any]:
+def corrupt(session: SessionOptions, asked: CorruptOptions) -> dict[str, Any]:
     """Write the copies that are not there yet."""
     from pipelines.corpus.corrupt import corrupt_shards, named_kinds
     from pipelines.corpus.shards import expand_shards
@@ -45,7 +43,6 @@ def corrupt(asked: CorruptOptions) -> dict[str, Any]:
         f"shards: {len(shards)}, first {shards[0].url}, last {shards[-1].url}; {len(kinds)} corruptions at severities "
         f"{', '.join(map(str, asked.severities))}"
     )
-    session = RunOptions(run=asked.out, ray_address=asked.ray_address, ray_cpus=asked.ray_cpus)
     with ray_session(session):
         counts = corrupt_shards(shards, asked.out, kinds, asked.severities, asked.seed)
     say(
@@ -55,7 +52,7 @@ def corrupt(asked: CorruptOptions) -> dict[str, Any]:
     return counts
 
 
-COMMAND = Command("corrupt", __doc__, (CorruptOptions,), corrupt)
+COMMAND = Command("corrupt", __doc__, (SessionOptions, CorruptOptions), corrupt)
 main = COMMAND.main
 
 

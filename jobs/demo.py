@@ -9,7 +9,7 @@ import sys
 
 from jobs.command import Command, say
 from jobs.curate import main as curate
-from jobs.options import RunOptions
+from jobs.options import RunOptions, named
 from jobs.session import ray_session
 from pipelines import columns, storage
 from pipelines.corpus.digits import Faults, findings, write_digits
@@ -28,6 +28,9 @@ class DemoOptions:
     """print one JSON object as the last line"""
     ray_cpus: int | None = None
     """CPU cores of the local Ray (default: all)"""
+
+    def __post_init__(self) -> None:
+        named(self, ("out",))
 
 
 def demo(options: DemoOptions) -> dict:

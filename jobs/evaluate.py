@@ -9,7 +9,7 @@ import time
 from typing import Any, Literal
 
 from jobs.command import Command, say
-from jobs.options import RunOptions
+from jobs.options import RunOptions, at_least
 from jobs.session import ray_session, tracked
 
 Method = Literal["temperature", "meta_misclassification", "meta_accuracy"]
@@ -34,6 +34,11 @@ class EvaluateOptions:
     figures: bool = False
     """also write reliability diagrams, risk-coverage curves and histograms as PNG beside the results"""
 
+    def __post_init__(self) -> None:
+        at_least(self, 0, ("bootstrap", "seed"))
+        if reserved := {"run", "seconds"} & {*self.predictions, *self.trust}:
+            raise ValueError(f"--predictions {' '.join(sorted(reserved))}: the result has that name for something else")
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CalibrateOptions:
@@ -50,6 +55,11 @@ class CalibrateOptions:
     meta_accuracy: float = 0.9
     """meta_accuracy: accuracy wanted of the samples that are kept, in [0, 1]"""
 
+    def __post_init__(self) -> None:
+        for name in ("meta_alpha", "meta_accuracy"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: expected a fraction in [0, 1]")
+
 
 def evaluate(options: RunOptions, asked: EvaluateOptions, calibration: CalibrateOptions) -> dict[str, Any]:
     """Evaluate every set, store each, print them side by side."""
@@ -59,7 +69,9 @@ def evaluate(options: RunOptions, asked: EvaluateOptions, calibration: Calibrate
 
     started = time.monotonic()
     run = Run.open(options.run)
-    other, fitted = (Run.open(uri) if uri else None for uri in (asked.ood, calibration.calibration_run))
+    other = None if asked.ood is None else Run.open(asked.ood, "--ood")
+    elsewhere = calibration.calibration_run
+    fitted = None if elsewhere is None else Run.open(elsewhere, "--calibration-run")
     question = sidebyside.Question(
         predictions=tuple(asked.predictions),
         trust=tuple(asked.trust),

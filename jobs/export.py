@@ -8,6 +8,7 @@ import sys
 from typing import Any, Literal
 
 from jobs.command import Command, say
+from jobs.options import named
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,6 +35,7 @@ class ExportOptions:
     """print one JSON object as the last line: counts, seconds, paths"""
 
     def __post_init__(self) -> None:
+        named(self, ("run", "out"))
         if not 0 <= self.threshold <= 1:
             raise ValueError(f"--threshold {self.threshold}: expected a fraction in [0, 1]")
 

@@ -13,6 +13,13 @@ def at_least(options: object, low: float, names: Iterable[str]) -> None:
             raise ValueError(f"--{name.replace('_', '-')} {value}: must be at least {low}")
 
 
+def named(options: object, names: Iterable[str]) -> None:
+    """ValueError if one of these options is an empty path, which would mean the working directory or a root."""
+    for name in names:
+        if getattr(options, name) is not None and not getattr(options, name).strip():
+            raise ValueError(f"--{name.replace('_', '-')} '': expected a path or a URI")
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SessionOptions:
     """Ray, and how the result is told."""
@@ -34,6 +41,9 @@ class RunOptions(SessionOptions):
     mlflow: str | None = None
     """MLflow tracking URI, or none (default: MLFLOW_TRACKING_URI, else sqlite in ./mlflow.db)"""
 
+    def __post_init__(self) -> None:
+        named(self, ("run",))
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CorpusOptions:
@@ -42,7 +52,8 @@ class CorpusOptions:
     shards: str | None = None
     """webdataset shards: quoted braces, globs, a folder, s3://…, a text file of URLs, '::' between sources"""
     encoder: str | None = None
-    """open_clip:MODEL/TAG, open_clip:MODEL@FILE, timm:NAME, timm:NAME@FILE, pixels:SIZE or module:FILE.py:FACTORY"""
+    """open_clip:MODEL/TAG, open_clip:MODEL@FILE, timm:NAME, timm:NAME@FILE, pixels:SIZE, module:FILE.py:FACTORY or
+    module:package.module:FACTORY"""
     label: str | None = None
     """cls (the default), json:FIELD, or none for images without labels"""
     classes: str | None = None
@@ -123,6 +134,7 @@ class WeightOptions:
 
     def __post_init__(self) -> None:
         at_least(self, 1, ("kmeans",))
+        at_least(self, 0, ("seed",))
         for name in ("temperature", "c"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"--{name} {getattr(self, name)}: must be above 0")

@@ -35,7 +35,8 @@ def stage_command(name: str, summary: str, body: Body, product: str | None = Non
     ) -> dict[str, Any]:
         from jobs import stages
 
-        run = stages.open_run(options, dataclasses.replace(corpus, overwrite=corpus.overwrite and product is None))
+        whole = dataclasses.replace(corpus, overwrite=corpus.overwrite and product is None)
+        run = stages.open_run(options, whole, gaussians)
         if corpus.overwrite and product is not None:
             run.forget(name, product)
         with tracked(name, options, corpus, workers, gaussians, weights) as tracker, ray_session(options):

@@ -21,24 +21,33 @@ from pipelines.progress import bottleneck, duration
 from pipelines.run import CorpusConfig, Run
 
 
-def open_run(options: RunOptions, corpus: CorpusOptions) -> Run:
-    """The run that the options ask for: made, opened, or grown by new shards; ValueError where they do not fit it."""
-    if corpus.shards is None or corpus.encoder is None:
-        if corpus.overwrite or not Run.exists(options.run):
-            missing = "shards" if corpus.shards is None else "encoder"
-            raise ValueError(
-                f"--{missing}: needed, as {options.run} is not a run yet (webdataset shards and an encoder make one)"
-            )
-        run = Run.open(options.run)
-        if corpus.shards is None and corpus.encoder is None:
-            return run
-    shards = run.shards if corpus.shards is None else expand_shards(corpus.shards)
+def open_run(options: RunOptions, corpus: CorpusOptions, gaussians: GaussianOptions | None = None) -> Run:
+    """The run that the options ask for: made, opened, or grown by new shards; ValueError where they do not fit it.
+
+    Another run's Gaussians, where they are asked for, are looked at before a run is made that could not use them.
+    """
+    there = Run.exists(options.run) and not corpus.overwrite
+    if not there and (corpus.shards is None or corpus.encoder is None):
+        missing = "shards" if corpus.shards is None else "encoder"
+        raise ValueError(
+            f"--{missing}: needed, as {options.run} is not a run yet (webdataset shards and an encoder make one)"
+        )
+    known = Run.open(options.run) if there else None
+    shards = known.shards if corpus.shards is None else expand_shards(corpus.shards)
     if corpus.shards is not None:
         say(
             f"shards: {len(shards)}, {sum(s.size for s in shards) / 1e6:,.1f} MB, first {shards[0].url}, last {shards[-1].url}"
         )
-    known = Run.open(options.run).config if Run.exists(options.run) and not corpus.overwrite else None
-    return Run.create(options.run, corpus_config(corpus, known), shards, overwrite=corpus.overwrite)
+    config = known.config if known is not None and not _asks(corpus) else corpus_config(corpus, known and known.config)
+    if gaussians is not None and gaussians.gaussians is not None:
+        fitting.check_adoptable(config, Run.open(gaussians.gaussians, "--gaussians"))
+    return Run.create(options.run, config, shards, overwrite=corpus.overwrite)
+
+
+def _asks(corpus: CorpusOptions) -> bool:
+    """Whether an option says how the corpus is embedded; what all leave open, a run that is there knows."""
+    others = ("shards", "overwrite")
+    return any(getattr(corpus, f.name) != f.default for f in dataclasses.fields(corpus) if f.name not in others)
 
 
 def corpus_config(corpus: CorpusOptions, known: CorpusConfig | None) -> CorpusConfig:
@@ -53,7 +62,10 @@ def corpus_config(corpus: CorpusOptions, known: CorpusConfig | None) -> CorpusCo
     if known is not None:
         values = {f.name: getattr(known, f.name) for f in dataclasses.fields(known)} | values
     spec = corpus.encoder if corpus.encoder is not None else values["encoder"]
-    encoder = load_encoder(spec, l2=values.get("normalize", False))
+    try:
+        encoder = load_encoder(spec, l2=values.get("normalize", False))
+    except ValueError as error:
+        raise ValueError(f"--{error}") from None  # «encoder 'x': …»
     values |= {"encoder": encoder.spec, "encoder_fingerprint": encoder.fingerprint, "width": encoder.width}
     config = CorpusConfig(**values)
     LabelSource(config.label, config.class_names)  # its own ValueError for a label source that is none
@@ -95,16 +107,13 @@ def array_device(workers: WorkerOptions) -> str:
     return device
 
 
-def check(run: Run, gaussians: GaussianOptions, selection: SelectOptions) -> None:
-    """Find the mistakes that can be found before any work: another run's Gaussians, the subset's rule and name."""
-    if gaussians.gaussians is not None:
-        fitting.check_adoptable(run, Run.open(gaussians.gaussians))
+def check_selection(selection: SelectOptions) -> None:
+    """Find the mistakes in a subset's rule and name that can be found before any work."""
     columns.check_name("--name", selection.name)
-    group, column = columns.split_name(rule(selection).by)
-    if group == columns.DIFFICULTY and column not in [*columns.DIFFICULTY_SCHEMA.names, columns.KMEANS.name]:
-        raise ValueError(
-            f"--by {selection.by}: there is no such column, there are {', '.join(columns.DIFFICULTY_SCHEMA.names)}"
-        )
+    group, column = columns.split_name(rule(selection).by, "--by")
+    scores = [n for n in (*columns.DIFFICULTY_SCHEMA.names, columns.KMEANS.name) if n not in columns.KEYS_AND_LABEL]
+    if group == columns.DIFFICULTY and column not in scores:
+        raise ValueError(f"--by {selection.by}: there is no such score, there are {', '.join(scores)}")
 
 
 def embed(run: Run, workers: WorkerOptions) -> dict[str, Any]:
@@ -124,7 +133,7 @@ def embed(run: Run, workers: WorkerOptions) -> dict[str, Any]:
 def fit(run: Run, gaussians: GaussianOptions, workers: WorkerOptions) -> dict[str, Any]:
     """Fit the Gaussians, or take another run's."""
     if gaussians.gaussians is not None:
-        entry = fitting.adopt(run, Run.open(gaussians.gaussians))
+        entry = fitting.adopt(run, Run.open(gaussians.gaussians, "--gaussians"))
         say(f"fit: nothing fitted, Gaussians of {gaussians.gaussians} ({entry['samples']:,} samples)")
         return entry
     entry = fitting.fit(run, gaussians.amount(), array_device(workers))

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from jobs.command import Command, say
-from jobs.options import RunOptions, WorkerOptions
+from jobs.options import RunOptions, WorkerOptions, at_least, named
 from jobs.session import Tracker, ray_session, tracked
 
 if TYPE_CHECKING:
@@ -55,7 +55,8 @@ class LearnOptions:
     sampler: Literal["uniform", "upsample", "balanced"] = "uniform"
     """upsample: hard samples more often; balanced: each of --groups equally often"""
     upsample: str | None = None
-    """COLUMN:EDGE or COLUMN:qN: samples of the highest interval are those that --sampler upsample repeats"""
+    """COLUMN:EDGE or COLUMN:qN: samples of the highest interval are those that --sampler upsample repeats (default: --groups,
+    else difficulty.rmd:q2)"""
     upsample_factor: int = 2
     """how often an upsampled sample comes in an epoch"""
     eval_run: str | None = None
@@ -68,6 +69,10 @@ class LearnOptions:
     """column group for how often each sample was right, or none"""
     input: Literal["embeddings", "images"] = "embeddings"
     """what the classifier sees"""
+
+    def __post_init__(self) -> None:
+        at_least(self, 0, ("group_step_size", "group_adjustment"))
+        at_least(self, 1, ("upsample_factor",))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -146,6 +151,11 @@ class TrainerOptions:
     max_failures: int = 2
     """times that failed workers are replaced, going on from the last epoch"""
 
+    def __post_init__(self) -> None:
+        named(self, ("out",))
+        at_least(self, 1, ("workers",))
+        at_least(self, 0, ("max_failures",))
+
 
 def train(
     options: RunOptions, learn: LearnOptions, model: ModelOptions, recipe: RecipeOptions, trainer: TrainerOptions
@@ -158,11 +168,12 @@ def train(
 
     # All that needs no data first: a mistake there is told at once.
     loss, how = LossChoice.parse(learn.loss, learn.loss_params), _recipe(learn.input, recipe)
+    training.check_correctness_group(learn.correctness)
     chosen = _choices(learn, model, loss.argument)
-    if trainer.workers < 1 or how.batch_size % trainer.workers:
-        raise ValueError(f"--workers {trainer.workers}: at least 1, and a divisor of --batch-size {how.batch_size}")
+    if how.batch_size % trainer.workers:
+        raise ValueError(f"--workers {trainer.workers}: must be a divisor of --batch-size {how.batch_size}")
     run = Run.open(options.run)
-    eval_run = None if learn.eval_run is None else Run.open(learn.eval_run)
+    eval_run = None if learn.eval_run is None else Run.open(learn.eval_run, "--eval-run")
     with ray_session(options):
         device = stages.resources(WorkerOptions(device=trainer.device)).device
         plan = training.plan_training(run, trainer.out or "", loss, how, chosen, eval_run)
@@ -214,7 +225,7 @@ def _choices(learn: LearnOptions, model: ModelOptions, argument: str | None) -> 
         group_step_size=learn.group_step_size,
         group_adjustment=learn.group_adjustment,
         sampler=learn.sampler,
-        upsample=rule(learn.upsample, "--upsample"),
+        upsample=rule(_upsampled(learn), "--upsample"),
         upsample_factor=learn.upsample_factor,
         bins=rule(learn.bins, "--bins"),
         holdout=learn.holdout,
@@ -223,6 +234,15 @@ def _choices(learn: LearnOptions, model: ModelOptions, argument: str | None) -> 
         dropout=model.dropout,
         standardize=not model.no_standardize,
     )
+
+
+def _upsampled(learn: LearnOptions) -> str | None:
+    """What --sampler upsample repeats where --upsample says nothing: the highest of --groups, else the harder half."""
+    if learn.sampler != "upsample" or learn.upsample is not None:
+        return learn.upsample
+    chosen = learn.groups or "difficulty.rmd:q2"
+    say(f"train: --sampler upsample repeats the highest interval of {chosen}")
+    return chosen
 
 
 def _settled(plan: "Plan", run: "Run", learn: LearnOptions, trainer: TrainerOptions) -> "Plan":

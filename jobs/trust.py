@@ -8,7 +8,7 @@ import sys
 from typing import Any, Literal
 
 from jobs.command import Command, say
-from jobs.options import RunOptions, WorkerOptions
+from jobs.options import RunOptions, WorkerOptions, at_least
 from jobs.session import ray_session, tracked
 
 MOSTLY_RIGHT = 0.98
@@ -53,6 +53,9 @@ class TrustOptions:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes a GPU where the cluster has one; cuda without a GPU is an error"""
 
+    def __post_init__(self) -> None:
+        at_least(self, 0, ("seed",))
+
 
 def trust(options: RunOptions, asked: TrustOptions) -> dict[str, Any]:
     """Train the oracle on the run and write the trust columns."""
@@ -63,7 +66,7 @@ def trust(options: RunOptions, asked: TrustOptions) -> dict[str, Any]:
     from pipelines.training.checkpoints import read_classifier
 
     run, model = Run.open(options.run), read_classifier(asked.checkpoint)
-    others = [Run.open(uri) for uri in dict.fromkeys(asked.eval_run)]
+    others = [Run.open(uri, "--eval-run") for uri in dict.fromkeys(asked.eval_run)]
     names = {field.name for field in dataclasses.fields(oracles.OracleTraining)} - {"signed"}
     training = oracles.OracleTraining(**{name: getattr(asked, name) for name in names}, signed=not asked.raw)
     with tracked("trust", options, asked) as tracker, ray_session(options):

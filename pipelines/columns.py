@@ -4,6 +4,7 @@ A column group is a folder of Parquet files, one per input shard, with the same 
 groups join on (shard, row) without a shuffle. Each file's schema metadata says what it was made from (`source`).
 """
 
+import contextlib
 import json
 import re
 import sys
@@ -22,6 +23,7 @@ from pipelines import storage
 EMBEDDINGS, DIFFICULTY, QUARANTINE = "embeddings", "difficulty", "quarantine"
 KEYS = (pa.field("key", pa.string()), pa.field("shard", pa.int32()), pa.field("row", pa.int64()))
 LABEL = pa.field("label", pa.int64())
+KEYS_AND_LABEL = (*(field.name for field in KEYS), LABEL.name)
 METADATA = b"hardset"  # the one key of ours in a file's schema metadata: JSON with `source` and the counts
 FOOTER_THREADS = 32  # each footer is a round trip or two on an object store
 SETTLED_S = 5.0  # a file younger than this may be replaced within the resolution of its time of modification
@@ -178,10 +180,15 @@ def file_name(group: str, shard: int) -> str:
     return f"{group}/{shard:06d}.parquet"
 
 
-def write(run_uri: str, group: str, shard: int, table: pa.Table, source: str, **facts: Any) -> None:
-    """Write one shard's file of a column group, whole or not at all; `source` and `facts` go into its metadata."""
-    facts = {"source": source, "rows": table.num_rows, **facts}
-    table = table.replace_schema_metadata({METADATA: json.dumps(facts, sort_keys=True)})
+def write(run_uri: str, group: str, shard: int, table: pa.Table, source: str, **more: Any) -> None:
+    """Write one shard's file of a column group, whole or not at all; `source` and `more` facts go into its metadata.
+
+    So does the source of the shard's embeddings as `embeddings`, whose rows the group has: see `check_fresh`.
+    """
+    told = {"source": source, "rows": table.num_rows, **more}
+    if group not in (EMBEDDINGS, QUARANTINE) and "embeddings" not in told:
+        told["embeddings"] = (facts(run_uri, EMBEDDINGS, shard) or {}).get("source")
+    table = table.replace_schema_metadata({METADATA: json.dumps(told, sort_keys=True)})
     # A dictionary of vectors or scores, all different, made files of 1,000 rows a third larger and writing 7 times slower.
     repeating = [f.name for f in table.schema if not (pa.types.is_floating(f.type) or pa.types.is_nested(f.type))]
     storage.write_parquet_atomic(table, storage.join(run_uri, file_name(group, shard)), use_dictionary=repeating)
@@ -252,9 +259,10 @@ def pending(run_uri: str, group: str, sources: Sequence[str]) -> list[int]:
 
 
 def read(run_uri: str, group: str, shard: int, columns: list[str] | None = None) -> pa.Table:
-    """One shard's rows of a column group. FileNotFoundError where the stage has not made it."""
+    """One shard's rows of a column group. FileNotFoundError where the stage has not made it; OSError names a broken file."""
     filesystem, path = storage.open_filesystem(storage.join(run_uri, file_name(group, shard)))
-    return pq.read_table(path, columns=columns, filesystem=filesystem, partitioning=None)
+    with _naming(group, path):
+        return pq.read_table(path, columns=columns, filesystem=filesystem, partitioning=None)
 
 
 def iter_batches(
@@ -262,16 +270,67 @@ def iter_batches(
 ) -> Iterator[pa.RecordBatch]:
     """One shard's rows in batches, so that memory does not grow with the shard."""
     filesystem, path = storage.open_filesystem(storage.join(run_uri, file_name(group, shard)))
-    with filesystem.open_input_file(path) as stream:
+    with _naming(group, path), filesystem.open_input_file(path) as stream:
         yield from pq.ParquetFile(stream).iter_batches(batch_size=batch_rows, columns=columns)
 
 
-def split_name(column: str) -> tuple[str, str]:
+@contextlib.contextmanager
+def _naming(group: str, path: str) -> Iterator[None]:
+    """Put a file's name, and the way out, into what Arrow says of one that it cannot read."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except (OSError, pa.ArrowInvalid) as error:
+        what = storage.first_line(error)
+        raise OSError(
+            f"{path} cannot be read ({what}); if it is damaged, delete it and {how_to_make(group)}"
+        ) from error
+
+
+def split_name(column: str, option: str = "column") -> tuple[str, str]:
     """'difficulty.rmd' -> ('difficulty', 'rmd'); a prediction set's column is 'predictions/NAME.confidence'."""
     group, dot, name = column.rpartition(".")
     if not dot or not group or not name:
-        raise ValueError(f"column {column!r}: expected GROUP.COLUMN, such as difficulty.rmd")
+        raise ValueError(f"{option} {column}: expected GROUP.COLUMN, such as difficulty.rmd")
     return group, name
+
+
+def check_score(run_uri: str, num_shards: int, column: str, option: str) -> list[dict[str, Any]]:
+    """The facts of each shard's file of a column that holds a number per sample.
+
+    Raises
+    ------
+    ValueError
+        Which names `option`, if a shard lacks the group, or the group has no such column of numbers.
+    """
+    group, name = split_name(column, option)
+    found = all_facts(run_uri, group, num_shards)
+    lacking = sum(fact is None for fact in found)
+    if lacking:
+        raise ValueError(
+            f"{option} {column}: {run_uri} has no {group}/ for {lacking} of its {num_shards} shards; {how_to_make(group)}"
+        )
+    fields = {field.name: field.type for field in schema(run_uri, group)}
+    scores = [key for key, kind in fields.items() if key not in KEYS_AND_LABEL and is_number(kind)]
+    if name not in scores:
+        raise ValueError(
+            f"{option} {column}: {group}/ has no column {name!r} with a number for each sample, "
+            f"it has {', '.join(scores) or 'none'}"
+        )
+    return found
+
+
+def is_number(kind: pa.DataType) -> bool:
+    """Whether a column of this type orders samples."""
+    return pa.types.is_floating(kind) or pa.types.is_integer(kind) or pa.types.is_boolean(kind)
+
+
+def how_to_make(group: str) -> str:
+    """`run hardset score first`, for a group that is not there."""
+    makers = {DIFFICULTY: "score", "correctness": "train", "predictions": "predict", EMBEDDINGS: "embed"}
+    kind = group.partition("/")[0]
+    return f"run hardset {makers.get(kind, kind)} first"
 
 
 def vectors(column: pa.Array | pa.ChunkedArray) -> np.ndarray:
@@ -301,7 +360,8 @@ def concat(tables: Iterable[pa.Table], schema: pa.Schema) -> pa.Table:
 def schema(run_uri: str, group: str, shard: int = 0) -> pa.Schema:
     """Schema of a column group, read from one shard's file."""
     filesystem, path = storage.open_filesystem(storage.join(run_uri, file_name(group, shard)))
-    return pq.read_schema(path, filesystem=filesystem)
+    with _naming(group, path):
+        return pq.read_schema(path, filesystem=filesystem)
 
 
 def join(run_uri: str, shard: int, names: Iterable[str]) -> pa.Table:
@@ -337,17 +397,23 @@ def join(run_uri: str, shard: int, names: Iterable[str]) -> pa.Table:
 def check_fresh(group: str, shard: int, embeddings_source: str | None, found: dict[str, Any] | None) -> None:
     """ValueError if a group's file was made from embeddings that have been replaced since (its fact `embeddings`)."""
     if found and found.get("embeddings", embeddings_source) != embeddings_source:
-        raise ValueError(f"{group}/: shard {shard} was embedded again since; run the stage that writes {group}/ first")
+        raise ValueError(f"{group}/: shard {shard} was embedded again since; {how_to_make(group)}")
+
+
+def check_group_fresh(group: str, embedded: Sequence[dict[str, Any]], run_uri: str) -> None:
+    """`check_fresh` of all shards of a run, of which `embedded` are the facts of the embeddings."""
+    for shard, (ours, theirs) in enumerate(zip(embedded, all_facts(run_uri, group, len(embedded)))):
+        check_fresh(group, shard, ours["source"], theirs)
 
 
 def _read_named(run_uri: str, group: str, shard: int, names: list[str]) -> pa.Table:
     try:
         there = schema(run_uri, group, shard).names
     except FileNotFoundError:
-        raise ValueError(f"{run_uri} has no {group}/ for shard {shard}; run the stage that writes it first") from None
+        raise ValueError(f"{run_uri} has no {group}/ for shard {shard}; {how_to_make(group)}") from None
     for name in names:
         if name not in there:
-            scores = ", ".join(n for n in there if n not in ("key", "shard", "row", "label"))
+            scores = ", ".join(n for n in there if n not in KEYS_AND_LABEL)
             raise ValueError(f"column {group}.{name}: {group}/ has no column {name!r}, it has {scores}")
     return read(run_uri, group, shard, list(dict.fromkeys(["row", *names])))
 

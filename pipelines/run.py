@@ -78,17 +78,24 @@ class Run:
         self._shards: tuple[list | None, list[Shard]] = (None, [])
 
     @classmethod
-    def open(cls, uri: str) -> "Run":
-        """Open an existing run. ValueError where there is none."""
+    def open(cls, uri: str, option: str = "--run") -> "Run":
+        """Open an existing run; ValueError, which names `option`, where there is none that can be read."""
         try:
             record = json.loads(storage.read_bytes(storage.join(uri, RECORD)))
         except (FileNotFoundError, NotADirectoryError):
             raise ValueError(
-                f"--run {uri}: no {RECORD} there; make the run with hardset curate or hardset embed"
+                f"{option} {uri}: no {RECORD} there; make the run with hardset curate or hardset embed"
             ) from None
-        except json.JSONDecodeError as error:
-            raise ValueError(f"--run {uri}: {RECORD} is not JSON ({error})") from None
-        return cls(uri, record)
+        except (IsADirectoryError, PermissionError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise ValueError(f"{option} {uri}: {RECORD} cannot be read ({storage.first_line(error)})") from None
+        run = cls(uri, record)
+        try:
+            shapes = (run.config, run.shards, run.classes, record["stages"].items())
+        except (AttributeError, KeyError, TypeError) as error:
+            shapes, why = None, f"{type(error).__name__}: {error}"
+        if shapes is None:
+            raise ValueError(f"{option} {uri}: its {RECORD} is not one that hardset wrote ({why})")
+        return run
 
     @classmethod
     def exists(cls, uri: str) -> bool:
@@ -128,7 +135,11 @@ class Run:
         ours, theirs = self.config.identity(), config.identity()
         for name in ours:
             if ours[name] != theirs[name]:
-                old, new = (self.config.encoder, config.encoder) if "encoder" in name else (ours[name], theirs[name])
+                old, new = ours[name], theirs[name]
+                if "encoder" in name and self.config.encoder != config.encoder:
+                    name, old, new = "encoder", self.config.encoder, config.encoder
+                elif "encoder" in name:  # called the same, but its weights or its code are others
+                    name, old, new = f"weights or code of {config.encoder}", old[:12], new[:12]
                 raise ValueError(
                     f"--run {self.uri}: made with {name.replace('_', ' ')} {old!r}, asked for {new!r}; "
                     "these cannot be mixed: take another --run, or --overwrite"

@@ -5,11 +5,14 @@ than Ray Data's aggregations there, and a lost task is simply run again, so noth
 """
 
 import functools
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import ray
+from ray.data import ActorPoolStrategy
+from ray.util.annotations import RayDeprecationWarning
 
 from pipelines.progress import Progress
 from pipelines.run import StageFailed
@@ -40,6 +43,33 @@ def in_order(
             yield ray.get(waiting.popleft())
     while waiting:
         yield ray.get(waiting.popleft())
+
+
+def map_actors(
+    dataset: ray.data.Dataset,
+    actor: type,
+    arguments: tuple,
+    *,
+    workers: int,
+    num_cpus: float,
+    num_gpus: float,
+    **batches: Any,
+) -> ray.data.Dataset:
+    """A dataset through a pool of actors, each of which is made with `arguments`; `batches` as for `map_batches`."""
+    with warnings.catch_warnings():
+        # Ray 2.60 deprecates the last two arguments and has no other way yet to bound restarts.
+        warnings.simplefilter("ignore", RayDeprecationWarning)
+        return dataset.map_batches(
+            actor,
+            fn_constructor_args=arguments,
+            compute=ActorPoolStrategy(size=workers),
+            num_cpus=num_cpus,
+            num_gpus=num_gpus,
+            # A row that kills its process would otherwise restart the actor for ever.
+            max_restarts=2,
+            max_task_retries=2,
+            **batches,
+        )
 
 
 def write_shards(

@@ -142,7 +142,7 @@ def test_links_and_pictures_lead_somewhere(page):
 
 
 def test_messages_of_the_troubleshooting_page_are_those_of_the_code():
-    sources = [path.read_text() for package in ("ops", "pipelines", "jobs") for path in (ROOT / package).glob("*.py")]
+    sources = [path.read_text() for package in ("ops", "pipelines", "jobs") for path in (ROOT / package).rglob("*.py")]
     code = re.sub(r'"\s*\n\s*f?"', "", "\n".join(sources))  # a message over several lines is one
     text = (ROOT / "docs/troubleshooting.md").read_text(encoding="utf-8")
     messages = re.findall(r"^\*\*`([^`]+)`", text, re.MULTILINE)

@@ -17,13 +17,13 @@ import numpy as np
 import pyarrow as pa
 import ray
 import torch
-from ray.data import ActorPoolStrategy
 
 from pipelines import columns, storage
 from pipelines.confusion.members import Member, Placement, report
 from pipelines.curation import percentiles
 from pipelines.progress import Progress
 from pipelines.run import Run, StageFailed, fingerprint
+from pipelines.tasks import map_actors
 
 CONFUSION = "confusion"
 SCHEMA = pa.schema(
@@ -163,15 +163,14 @@ def _score_shards(
         return
     # One row per block: an actor takes a shard at a time, and a free one takes the next.
     items = [{"shard": shard, "source": sources[shard]} for shard in pending]
-    dataset = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
+    dataset = map_actors(
+        ray.data.from_items(items, override_num_blocks=len(items)),
         ScoreShards,
-        fn_constructor_args=constructor,
-        batch_size=1,
-        compute=ActorPoolStrategy(size=min(place.workers, len(items))),
+        constructor,
+        workers=min(place.workers, len(items)),
         num_cpus=place.cpus_per_worker,
         num_gpus=1 if place.device == "cuda" else 0,
-        max_restarts=2,
-        max_task_retries=2,
+        batch_size=1,
     )
     try:
         for batch in dataset.iter_batches(batch_size=None, prefetch_batches=0):

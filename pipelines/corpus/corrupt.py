@@ -86,7 +86,7 @@ def corrupt_shards(
     Returns
     -------
     counts : dict
-        samples written and left_out (summed over corruptions), shards_done, shards_skipped, seconds, folders.
+        samples and left_out of all copies, also of those that were there; shards_done, shards_skipped, seconds, folders.
 
     Raises
     ------
@@ -108,15 +108,16 @@ def corrupt_shards(
         for corruption in corruptions
         for number, (shard, name) in enumerate(zip(shards, names))
     ]
-    pending = [item for item in items if not _done(item[2], item[1], item[3])]
+    records = [_record(target, shard, corruption) for _, shard, target, corruption in items]
+    pending = [item for item, record in zip(items, records) if record is None]
     progress = Progress("corrupt", len(pending), skipped=len(items) - len(pending))
-    totals: Counter[str] = Counter()
+    copies = [record for record in records if record is not None]
     for counts in in_order(corrupt_shard, pending):
-        totals.update(counts)
+        copies.append(counts)
         progress.shard(counts["samples"], counts["left_out"])
     return {
-        "samples": totals["samples"],
-        "left_out": totals["left_out"],
+        "samples": sum(copy["samples"] for copy in copies),
+        "left_out": sum(copy["left_out"] for copy in copies),
         "shards_done": len(pending),
         "shards_skipped": len(items) - len(pending),
         "seconds": time.monotonic() - started,
@@ -131,11 +132,13 @@ def output_names(shards: Sequence[Shard]) -> list[str]:
     return [name if count[name] == 1 else f"{number:06d}-{name}" for number, name in enumerate(names)]
 
 
-def _done(target: str, shard: Shard, corruption: Corruption) -> bool:
+def _record(target: str, shard: Shard, corruption: Corruption) -> dict | None:
+    """What is noted of a copy that is there and was made from the same; None without one."""
     try:
-        return json.loads(storage.read_bytes(f"{target}.json"))["source"] == _source(shard, corruption)
+        found = json.loads(storage.read_bytes(f"{target}.json"))
+        return found if found["source"] == _source(shard, corruption) else None
     except (FileNotFoundError, ValueError, KeyError):
-        return False
+        return None
 
 
 def _source(shard: Shard, corruption: Corruption) -> str:

@@ -151,7 +151,10 @@ def _glob(pattern: str) -> list[_Found]:
     base, query = storage.split_query(storage.absolute(pattern))
     folder = base[: base.rindex("/", 0, _MAGIC.search(base).start())] or "/"
     start = len(folder.rstrip("/")) + 1
-    matches = re.compile(_regex(base[start:]), re.DOTALL).fullmatch
+    try:
+        matches = re.compile(_regex(base[start:]), re.DOTALL).fullmatch
+    except re.error as error:
+        raise ValueError(f"--shards {pattern}: not a pattern ({error})") from None
     listed = _listed(folder + query, recursive="/" in base[start:] or "**" in base)
     found = [_Found(url, info) for url, info in listed if matches(storage.split_query(url)[0][start:])]
     if not found:

@@ -11,20 +11,17 @@ written once; a shard counts as done when its file in `embeddings/` is there, an
 import itertools
 import json
 import time
-import warnings
 from collections.abc import Callable, Iterator
 
 import pyarrow as pa
 import ray
-from ray.data import ActorPoolStrategy
-from ray.util.annotations import RayDeprecationWarning
 
 from pipelines import columns, storage
 from pipelines.corpus.shards import LabelSource, Shard, read_shards, shard_digest
 from pipelines.curation.workers import STEPS, Resources
 from pipelines.progress import Progress
 from pipelines.run import CorpusConfig, Run, StageFailed, fingerprints
-from pipelines.tasks import in_order
+from pipelines.tasks import in_order, map_actors
 
 SHARDS_AT_ONCE = 20_000  # per Ray dataset, whose driver puts a pickled read task for each before it reads the first
 PART_NOTE = pa.schema(
@@ -201,22 +198,17 @@ def _notes(run: Run, pending: list[int], resources: Resources) -> Iterator[dict]
     dataset = read_shards(
         [(position, shards[position]) for position in pending], LabelSource(config.label, config.class_names)
     )
-    with warnings.catch_warnings():
-        # Ray 2.60 deprecates the two extra arguments and has no other way yet to bound restarts.
-        warnings.simplefilter("ignore", RayDeprecationWarning)
-        dataset = dataset.map_batches(
-            EmbedImages,
-            fn_constructor_args=(config, resources),
-            batch_size=None,
-            batch_format="pyarrow",
-            zero_copy_batch=True,
-            compute=ActorPoolStrategy(size=resources.workers),
-            num_cpus=resources.cpus_per_worker,
-            num_gpus=resources.gpus_per_worker,
-            # An image that kills its process would otherwise restart the actor for ever.
-            max_restarts=2,
-            max_task_retries=2,
-        )
+    dataset = map_actors(
+        dataset,
+        EmbedImages,
+        (config, resources),
+        workers=resources.workers,
+        num_cpus=resources.cpus_per_worker,
+        num_gpus=resources.gpus_per_worker,
+        batch_size=None,
+        batch_format="pyarrow",
+        zero_copy_batch=True,
+    )
     dataset = dataset.map_batches(
         write_part, fn_kwargs={"run_uri": run.uri}, batch_size=None, batch_format="pyarrow", num_cpus=0.25
     )

@@ -7,6 +7,7 @@ so that the result does not depend on the number of workers, down to the last bi
 import dataclasses
 import io
 import time
+import zipfile
 
 import numpy as np
 
@@ -16,7 +17,7 @@ from ops.gaussian import Gaussians, GaussianStats
 from pipelines import columns, storage
 from pipelines.curation import percentiles
 from pipelines.progress import Progress
-from pipelines.run import Run, fingerprint
+from pipelines.run import CorpusConfig, Run, fingerprint
 from pipelines.tasks import in_order, merged_parts
 
 GAUSSIANS = "gaussians.npz"
@@ -138,7 +139,7 @@ def adopt(run: Run, other: Run) -> dict:
     ValueError
         If the other run has none, was made with another encoder, or does not know a class of this run.
     """
-    check_adoptable(run, other)
+    check_adoptable(run.config, other)
     entry, gaussians = other.stage("fit"), load_gaussians(other)
     _refuse_unknown_classes(run, gaussians, other)
     adopted = {"source": entry["source"], "from": other.uri, **describe(gaussians)}
@@ -151,11 +152,11 @@ def adopt(run: Run, other: Run) -> dict:
     return adopted | {"skipped": False}
 
 
-def check_adoptable(run: Run, other: Run) -> None:
-    """ValueError unless the other run has Gaussians of this run's encoder; costs no look at the embeddings."""
-    if not run.config.same_embedding(other.config):
+def check_adoptable(config: CorpusConfig, other: Run) -> None:
+    """ValueError unless the other run has Gaussians of this config's encoder; costs no look at any embeddings."""
+    if not config.same_embedding(other.config):
         raise ValueError(
-            f"--gaussians {other.uri}: fitted on encoder {other.config.encoder!r}, this run used {run.config.encoder!r}; "
+            f"--gaussians {other.uri}: fitted on encoder {other.config.encoder!r}, this run uses {config.encoder!r}; "
             "distances need the same encoder"
         )
     if other.stage("fit") is None or not storage.exists(other.path(GAUSSIANS)):
@@ -195,8 +196,13 @@ def describe(gaussians: Gaussians) -> dict:
 
 
 def load_gaussians(run: Run) -> Gaussians:
-    """The Gaussians stored with a run."""
-    return _ready(Gaussians.load(io.BytesIO(storage.read_bytes(run.path(GAUSSIANS)))))
+    """The Gaussians stored with a run. ValueError where they are gone or broken."""
+    try:
+        return _ready(Gaussians.load(io.BytesIO(storage.read_bytes(run.path(GAUSSIANS)))))
+    except (FileNotFoundError, EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:
+        raise ValueError(
+            f"--run {run.uri}: {GAUSSIANS} cannot be read ({type(error).__name__}); delete it and run hardset fit first"
+        ) from None
 
 
 def _ready(gaussians: Gaussians) -> Gaussians:

@@ -35,7 +35,6 @@ def score_shard(
     shard: int,
     source: str,
     scored: str,
-    embeddings: str,
     run_uri: str,
     gaussians: Gaussians,
     weighting: Weighting,
@@ -55,7 +54,7 @@ def score_shard(
         table = percentiles.with_percentiles(
             table, columns.DIFFICULTY, columns.labels_or_minus_one(table["label"]), tables
         )
-    columns.write(run_uri, columns.DIFFICULTY, shard, table, source, scored=scored, embeddings=embeddings)
+    columns.write(run_uri, columns.DIFFICULTY, shard, table, source, scored=scored)
     return table.num_rows
 
 
@@ -159,7 +158,7 @@ def score(run: Run, weighting: Weighting, centers: np.ndarray | None = None, dev
     known = reference is None or tables is not None
     pending, unscored = percentiles.what_is_left(run, columns.DIFFICULTY, scored, final)
     shared = (run.uri, load_gaussians(run), weighting, centers, device, tables)
-    items = [(s, final[s] if known else scored[s], scored[s], facts[s]["source"]) for s in unscored]
+    items = [(s, final[s] if known else scored[s], scored[s]) for s in unscored]
     write_shards("score", score_shard, items, *shared, embedded=facts, num_gpus=1 if device == "cuda" else 0)
     if not known and pending:
         tables = percentiles.count(run, columns.DIFFICULTY, [f["rows"] for f in facts], reference)

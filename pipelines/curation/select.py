@@ -48,7 +48,7 @@ class Rule:
     per_class: bool = False
 
     def __post_init__(self) -> None:
-        columns.split_name(self.by)
+        columns.split_name(self.by, "--by")
         if self.count <= 0 or (isinstance(self.count, float) and self.count > 1):
             raise ValueError(
                 f"count {self.count}: expected a fraction in (0, 1], a float, or a whole number of samples"
@@ -234,19 +234,8 @@ def _plan_outputs(run: Run, rule: Rule, cut: Cut, samples_per_shard: int) -> Ite
 
 
 def _column_sources(run: Run, column: str) -> list[str]:
-    group, name = columns.split_name(column)
-    facts = columns.all_facts(run.uri, group, len(run.shards))
-    missing = [shard for shard, fact in enumerate(facts) if fact is None]
-    if missing:
-        raise ValueError(
-            f"--by {column}: {run.uri} has no {group}/ for {len(missing)} of its {len(facts)} shards; run that stage first"
-        )
-    for shard, (fact, embedded) in enumerate(zip(facts, run.embedding_facts())):
-        columns.check_fresh(group, shard, embedded["source"], fact)
-    names = columns.schema(run.uri, group).names
-    if name not in names:
-        scores = [n for n in names if n not in ("key", "shard", "row", "label")]
-        raise ValueError(f"--by {column}: {group}/ has no column {name!r}, it has {', '.join(scores)}")
+    facts = columns.check_score(run.uri, len(run.shards), column, "--by")
+    columns.check_group_fresh(columns.split_name(column)[0], run.embedding_facts(), run.uri)
     return [fact["source"] for fact in facts]
 
 

@@ -81,6 +81,7 @@ def top_overlap(x: np.ndarray, y: np.ndarray, share: float = TOP) -> float:
 
 def scored_keys(run: Run, column: str) -> pa.Table:
     """url, key, score (float64) of a run's samples that have a finite score, in shard order."""
+    columns.check_score(run.uri, len(run.shards), column, "--column")
     group, name = columns.split_name(column)
     parts = [_shard_scores(run, shard, url, group, name) for shard, url in _shards(run)]
     return pa.concat_tables(parts)
@@ -91,18 +92,6 @@ def _shards(run: Run) -> Iterator[tuple[int, str]]:
 
 
 def _shard_scores(run: Run, shard: int, url: str, group: str, name: str) -> pa.Table:
-    try:
-        schema = columns.schema(run.uri, group, shard)
-    except FileNotFoundError:
-        raise ValueError(
-            f"--column {group}.{name}: {run.uri} has no {group}/ for shard {shard}; make it first"
-        ) from None
-    if name not in schema.names:
-        scores = ", ".join(n for n in schema.names if n not in ("key", "shard", "row", "label"))
-        raise ValueError(f"--column {group}.{name}: {group}/ of {run.uri} has no column {name!r}, it has {scores}")
-    kind = schema.field(name).type
-    if not (pa.types.is_floating(kind) or pa.types.is_integer(kind) or pa.types.is_boolean(kind)):
-        raise ValueError(f"--column {group}.{name}: holds {kind}, a number for each sample is needed")
     table = columns.read(run.uri, group, shard, ["key", name])
     scores = table[name].cast(pa.float64())
     urls = pa.array([url] * len(table), pa.string()).dictionary_encode()

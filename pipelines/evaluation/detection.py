@@ -47,6 +47,7 @@ def trust_facts(run: Run, name: str) -> dict[str, Any]:
             f"--trust {name}: {run.uri} has no {group} for {len(missing)} of its {len(run.shards)} shards; "
             f"run hardset trust --name {name}"
         )
+    columns.check_group_fresh(group, run.embedding_facts(), run.uri)
     return columns.facts(run.uri, group, 0) or {}
 
 

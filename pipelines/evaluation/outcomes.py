@@ -66,6 +66,7 @@ def open_predictions(run: Run, name: str) -> PredictionSet:
             f"--predictions {name}: {run.uri} has no predictions/{name} for {len(missing)} of its {len(shards)} shards "
             f"(first: {missing[0]}); run hardset predict --name {name}{', or take one of ' + ', '.join(have) if have else ''}"
         )
+    columns.check_group_fresh(f"{PREDICTIONS}/{name}", run.embedding_facts(), run.uri)
     with ThreadPoolExecutor(columns.FOOTER_THREADS) as pool:
         found = pool.map(lambda shard: _width(run, name, shard), shards)
         widths = {width: shard for shard, width in zip(shards, found) if width is not None}
@@ -220,7 +221,7 @@ def shard_logits(predictions: PredictionSet, shard: int) -> tuple[np.ndarray, np
 def _read_logits(predictions: PredictionSet, shard: int) -> pa.Table:
     try:
         found = columns.read(predictions.run_uri, predictions.group, shard, ["row", "logits"])
-    except pa.ArrowInvalid as error:  # what reading a null of a fixed-size list ends in, too
+    except OSError as error:  # what reading a null of a fixed-size list ends in, too
         raise ValueError(
             f"--predictions {predictions.name}: shard {shard}: cannot be read, its logits are null somewhere or the "
             f"file is damaged ({error})"

@@ -73,7 +73,16 @@ class Recipe:
     threads: int = 2
 
     def __post_init__(self) -> None:
-        whole = {"epochs": 1, "batch_size": 1, "accumulate": 1, "patience": 0, "seed": 0, "window": 1, "cache_bytes": 0}
+        whole = {
+            "epochs": 1,
+            "batch_size": 1,
+            "accumulate": 1,
+            "patience": 0,
+            "seed": 0,
+            "window": 1,
+            "cache_bytes": 0,
+            "threads": 1,
+        }
         for name, low in whole.items():
             if getattr(self, name) < low:
                 raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: at least {low}")

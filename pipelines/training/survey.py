@@ -24,8 +24,8 @@ class Survey:
     counts : tuple of int
         Samples of each shard.
     class_counts : ndarray of shape (K,), int64
-    means : dict
-        Of each column over the samples, by full name.
+    means, ranges : dict
+        Mean, and (least, largest) value, of each column over the samples, by full name.
     group_counts : ndarray of shape (G,), int64, or None without a rule
     group_counts_by_shard : ndarray of shape (S, G), int64, or None
     """
@@ -33,6 +33,7 @@ class Survey:
     counts: tuple[int, ...]
     class_counts: np.ndarray
     means: dict[str, float]
+    ranges: dict[str, tuple[float, float]]
     group_counts_by_shard: np.ndarray | None = None
 
     @property
@@ -78,8 +79,12 @@ def survey(source: Source, num_classes: int, rule: GroupRule | None = None) -> S
                 "make the column again for all shards of this run"
             )
     means = {name: sum(part["sums"][name] for part in parts) / total for name in source.columns}
+    extremes = {name: np.stack([part["extremes"][name] for part in parts]) for name in source.columns}
+    ranges = {
+        name: (float(low.min()), float(high.max())) for name, (low, high) in ((n, e.T) for n, e in extremes.items())
+    }
     groups = np.stack([part["groups"] for part in parts]) if rule else None
-    return Survey(counts, sum(part["classes"] for part in parts), means, groups)
+    return Survey(counts, sum(part["classes"] for part in parts), means, ranges, groups)
 
 
 def _survey_shard(shard: int, source: Source, num_classes: int, rule: GroupRule | None) -> dict:
@@ -95,6 +100,7 @@ def _survey_shard(shard: int, source: Source, num_classes: int, rule: GroupRule 
         "rows": len(labels),
         "classes": np.bincount(labels, minlength=num_classes),
         "missing": {name: int(np.isnan(value).sum()) for name, value in values.items()},
+        "extremes": {name: (value.min(initial=np.inf), value.max(initial=-np.inf)) for name, value in values.items()},
         "sums": {name: float(np.nansum(value)) for name, value in values.items()},
     }
     if rule is not None:
@@ -111,7 +117,11 @@ def check_trainable(found: Survey, classes: Sequence[str], rule: GroupRule | Non
     if rule is not None and not found.group_counts.all():
         empty = int(np.flatnonzero(found.group_counts == 0)[0])
         sizes = ", ".join(f"{name}: {count}" for name, count in zip(rule.names(), found.group_counts))
-        raise ValueError(f"group {rule.names()[empty]!r} has no samples ({sizes}); move the edges")
+        low, high = found.ranges[rule.column]
+        raise ValueError(
+            f"group {rule.names()[empty]!r} has no samples ({sizes}): {rule.column} lies in [{low:.4g}, {high:.4g}]; "
+            f"move the edges, or take {rule.column}:q2 for two halves"
+        )
 
 
 def moments(source: Source, width: int) -> tuple[np.ndarray, np.ndarray]:

@@ -24,7 +24,7 @@ from ops.models import ClassifierSpec, build_classifier
 from pipelines import columns, storage
 from pipelines.corpus.shardlist import look_up
 from pipelines.corpus.shards import iter_images
-from pipelines.run import Run, StageFailed, fingerprint
+from pipelines.run import PRODUCTS, Run, StageFailed, fingerprint
 from pipelines.tasks import in_order
 from pipelines.training.assess import EvaluationSet
 from pipelines.training.checkpoints import read_json, read_state
@@ -102,6 +102,13 @@ def plan_training(
         run, input=choices.input, columns=wanted, part="train" if holdout else "all", holdout=holdout,
         seed=recipe.seed, image_size=spec.image_size or 0,
     )  # fmt: skip
+    for option, column in (
+        ("--weights", choices.weights),
+        ("--groups", groups and groups.column),
+        ("--upsample", sampling and sampling.column),
+    ):
+        if column is not None:
+            columns.check_score(run.uri, len(run.shards), column, option)
     if choices.input == "images":
         _check_shards_unchanged(run)
     found = survey(source, len(classes), groups if choices.sampler != "upsample" else sampling)
@@ -445,6 +452,13 @@ def _unwrapped(error: BaseException) -> BaseException:
     while (inner := getattr(error, "cause", None) or getattr(error, "_base_exc", None)) is not None:
         error = inner
     return error
+
+
+def check_correctness_group(name: str) -> None:
+    """ValueError unless a column group of this name can hold correctness: a folder's name, and no other product's."""
+    columns.check_name("--correctness", name)
+    if name != CORRECTNESS and name in PRODUCTS:
+        raise ValueError(f"--correctness {name}: a run keeps something else in {name}/; take another name")
 
 
 def write_correctness(run: Run, plan: Plan, history: Any, group: str = CORRECTNESS) -> None:

@@ -61,7 +61,7 @@ def test_whole_numbers_and_fractions_are_told_apart():
 @pytest.mark.parametrize(
     ("argv", "named"),
     [
-        (["--size-cm", "long"], "size_cm"),
+        (["--size-cm", "long"], "--size-cm long: expected a number"),
         (["--size-cm", "-1"], "--size-cm -1"),
         (["--colour", "red"], "--colour"),
         (["--config", "no-such.yaml"], "no-such.yaml"),

@@ -126,7 +126,7 @@ def test_the_command_takes_two_runs_anywhere_and_prints_json(pair, capsys):
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (("--column", "scores.nothing"), "has no column 'nothing', it has hardness"),
+        (("--column", "scores.nothing"), "has no column 'nothing' with a number for each sample, it has hardness"),
         (("--column", "difficulty.rmd"), "has no difficulty/"),
         (("--column", "hardness"), "expected GROUP.COLUMN"),
         (("--column", "embeddings.embedding"), "a number for each sample"),

@@ -76,6 +76,7 @@ def test_a_training_from_start_to_end(runs, ray_session, tmp_path, capsys):
     assert set(table["correctness.epochs"].to_pylist()) == {2}
 
 
+@pytest.mark.slow
 def test_a_classifier_on_an_object_store_is_trained_used_and_calibrated(runs, ray_session, s3_folder, capsys):
     out = f"{s3_folder}/model"
     status, result, error = main(capsys, "--run", runs[0], "--out", out, "--mlflow", "none", *FEW)
@@ -99,7 +100,9 @@ def test_a_classifier_on_an_object_store_is_trained_used_and_calibrated(runs, ra
         (["--groups", "difficulty.rmd:1000"], "has no samples"),
         (["--model", "resnet18"], "--model resnet18"),
         (["--workers", "3"], "--workers 3"),
-        (["--sampler", "upsample"], "--upsample"),
+        (["--correctness", "../x"], "--correctness '../x'"),
+        (["--correctness", "difficulty"], "--correctness difficulty"),
+        (["--group-step-size", "-1"], "--group-step-size -1"),
         (["--eval-run", "/nowhere"], "/nowhere"),
         (["--epochs", "0"], "--epochs 0"),
         (["--input", "images", "--model", "cifar_resnet9"], "cifar_resnet9"),
