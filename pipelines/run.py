@@ -67,7 +67,8 @@ class CorpusConfig:
 
     def same_embedding(self, other: "CorpusConfig") -> bool:
         """Whether vectors of the two lie in one space: the same weights, the same length."""
-        return (self.encoder_fingerprint, self.normalize) == (other.encoder_fingerprint, other.normalize)
+        ours, theirs = ((c.encoder_fingerprint, c.width, c.normalize) for c in (self, other))
+        return ours == theirs
 
 
 class Run:
@@ -133,13 +134,14 @@ class Run:
 
     def _refuse_mixing(self, config: CorpusConfig) -> None:
         ours, theirs = self.config.identity(), config.identity()
-        for name in ours:
+        # The weights' fingerprint last, and what follows from it: it also differs where vectors are scaled.
+        for name in sorted(ours, key=("encoder_fingerprint", "width").__contains__):
             if ours[name] != theirs[name]:
                 old, new = ours[name], theirs[name]
                 if "encoder" in name and self.config.encoder != config.encoder:
                     name, old, new = "encoder", self.config.encoder, config.encoder
                 elif "encoder" in name:  # called the same, but its weights or its code are others
-                    name, old, new = f"weights or code of {config.encoder}", old[:12], new[:12]
+                    name, old, new = "encoder weights or code", old[:12], new[:12]
                 raise ValueError(
                     f"--run {self.uri}: made with {name.replace('_', ' ')} {old!r}, asked for {new!r}; "
                     "these cannot be mixed: take another --run, or --overwrite"

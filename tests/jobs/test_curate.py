@@ -228,6 +228,10 @@ def test_too_many_bad_samples_end_the_run_with_status_1_and_keep_what_is_done(tm
         ({"--temperature": "0"}, "temperature"),
         ({"--device": "cuda"}, "--device cuda"),
         ({"--views": "0"}, "--views 0"),
+        ({"--run": " "}, "--run ''"),
+        ({"--by": "difficulty.key"}, "--by difficulty.key"),
+        ({"--by": "confusion.confusion"}, "run hardset confusion first"),
+        ({"--shards": "[z-a].tar"}, "not a pattern"),
     ],
 )
 def test_bad_options_are_status_2_and_one_line(tmp_path, corpus, capsys, change, words):
@@ -247,6 +251,37 @@ def test_a_run_of_another_config_and_an_unwritable_output_are_status_2(tmp_path,
     assert embed(arguments(curated / "shards", tmp_path / "file/run")) == 2
     assert embed([*other, "--overwrite"]) == 0
     assert Run.open(str(copied)).config.width == 16 and not (copied / "difficulty").exists()
+
+
+def test_options_that_cannot_be_mixed_are_refused_without_shards_too(copied, capsys):
+    for words in (["--label", "none"], ["--views", "3"], ["--dtype", "float16"], ["--normalize"]):
+        assert embed(["--run", str(copied), "--mlflow", "none", *words]) == 2
+        assert f"made with {words[0][2:]}" in capsys.readouterr().err.splitlines()[-1]
+    assert embed(["--run", str(copied), "--mlflow", "none", "--label", "cls"]) == 0
+
+
+def test_another_encoders_gaussians_are_refused_before_a_run_is_made(tmp_path, curated, capsys):
+    command = arguments(curated / "shards", tmp_path / "new", "--gaussians", str(curated / "run"))
+    assert curate([word.replace("pixels:3", "pixels:4") for word in command]) == 2
+    assert "distances need the same encoder" in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "new").exists()
+
+
+def test_broken_files_of_a_run_are_named(copied, capsys):
+    words = ["--run", str(copied), "--mlflow", "none"]
+    group = copied / "difficulty/000001.parquet"
+    data = group.read_bytes()
+    group.write_bytes(data[:200] + bytes(400) + data[600:])
+    assert select([*words, "--name", "again"]) == 1
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert str(group) in last and "run hardset score first" in last
+    (copied / "gaussians.npz").write_bytes(b"no archive")
+    assert score([*words, "--temperature", "0.6"]) == 2
+    assert "gaussians.npz cannot be read" in capsys.readouterr().err.splitlines()[-1]
+    for record in ("{}", "[]", '{"config": {"encoder": 1}, "shards": [], "classes": [], "stages": {}}', "\0"):
+        (copied / "run.json").write_text(record)
+        assert inspect(words) == 2
+        assert f"--run {copied}: " in capsys.readouterr().err.splitlines()[-1]
 
 
 @pytest.mark.slow

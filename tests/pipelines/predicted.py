@@ -39,9 +39,9 @@ def write_trust(run, z, name="t", **facts):
 
 
 def replace(run, shard, change, group="predictions/p"):
-    """Rewrite one shard's file of a group as `change(table)`."""
-    table = columns.read(run.uri, group, shard)
-    columns.write(run.uri, group, shard, change(table), "changed by hand")
+    """Rewrite one shard's file of a group as `change(table)`, as if it had been so from the start."""
+    table, facts = columns.read(run.uri, group, shard), columns.facts(run.uri, group, shard)
+    columns.write(run.uri, group, shard, change(table), **{k: v for k, v in facts.items() if k != "rows"})
 
 
 def noisy_logits(labels, classes=3, strength=2.0, seed=5):

@@ -2,11 +2,13 @@
 
 import os
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from pipelines import columns
+from tests.pipelines.synthetic import make_run
 
 TABLE = pa.table({"row": pa.array([0, 1], pa.int64()), "md": pa.array([0.5, 1.5], pa.float32())})
 
@@ -77,3 +79,16 @@ def test_what_is_no_file_of_ours_is_none(tmp_path, group):
 def test_only_what_repeats_is_written_with_a_dictionary(tmp_path, group):
     row_group = pq.read_metadata(group(0, "a")).row_group(0)
     assert [row_group.column(i).has_dictionary_page for i in range(2)] == [True, False]
+
+
+def test_a_group_whose_shard_was_embedded_again_is_refused_whoever_wrote_it(tmp_path):
+    run, _, _ = make_run(tmp_path, (5, 4))
+    for shard, rows in enumerate((5, 4)):
+        keys = columns.read(run.uri, "embeddings", shard, ["key", "shard", "row"])
+        columns.write(run.uri, "trust/t", shard, keys.append_column("trust", pa.array(np.zeros(rows, np.float32))), "x")
+    columns.check_group_fresh("trust/t", run.embedding_facts(), run.uri)
+    columns.write(run.uri, "embeddings", 1, columns.read(run.uri, "embeddings", 1), "other bytes", left_out=0)
+    with pytest.raises(ValueError, match=r"trust/t/: shard 1 was embedded again since; run hardset trust first"):
+        columns.check_group_fresh("trust/t", run.embedding_facts(), run.uri)
+    with pytest.raises(ValueError, match="shard 1 was embedded again"):
+        columns.join(run.uri, 1, ["trust/t.trust"])

@@ -170,7 +170,7 @@ def test_uids_are_those_of_the_subset_or_of_its_json_members(scored, tmp_path):
         ("datacomp", "u.npy", ("--subset", "suspects", "--uid", "json:uid"), "0 of 10 samples"),
         ("cleanlab", "t.csv", ("--predictions", "nosuch"), "predictions/nosuch"),
         ("cleanlab", "t.csv", ("--threshold", "2"), "--threshold 2"),
-        ("parquet", "t", (), 'option "to"'),
+        ("parquet", "t", (), "--to parquet: expected one of"),
     ],
 )
 def test_mistakes_are_status_2_in_one_line_and_leave_nothing(scored, tmp_path, capsys, to, out, more, words):

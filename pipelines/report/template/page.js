@@ -48,7 +48,7 @@ function picture(id, alt) {
 // A small picture shows its pixels, all of one size: it is enlarged by a whole number of the screen's, or fills its frame where that would waste much.
 function enlarge(image) {
   const longer = Math.max(image.naturalWidth, image.naturalHeight);
-  if (longer > 64) return;
+  if (longer > 64 || !image.parentElement) return; // its list may have been drawn anew meanwhile
   image.classList.add("small");
   const room = image.parentElement.clientWidth * devicePixelRatio, times = Math.floor(room / longer);
   if (times < 1 || times > 7) return;
