@@ -186,5 +186,5 @@ def _sources(run: Run, weighting: Weighting, centers: np.ndarray | None, facts: 
     if "from" not in fitted and fitted["embeddings"] != fingerprint([f["source"] for f in facts]):
         raise ValueError(f"--run {run.uri}: embeddings changed since the Gaussians were fitted; run hardset fit first")
     kmeans = None if centers is None else fingerprint(centers.tolist())
-    how = (fitted["source"], dataclasses.asdict(weighting), kmeans)
+    how = (fitted["source"], dataclasses.asdict(weighting), kmeans, columns.DIFFICULTY_SCHEMA.names)
     return [fingerprint(columns.DIFFICULTY, f["source"], *how) for f in facts]
