@@ -126,7 +126,7 @@ def embed(run: Run, workers: WorkerOptions) -> dict[str, Any]:
         f"{counts['shards_skipped']} skipped, {duration(counts['seconds'])}"
     )
     if counts["shards_done"]:
-        say(f"time: {bottleneck(counts['seconds_by_step'], plan.workers)}")
+        say(f"time: {bottleneck(counts['seconds_by_step'], plan.workers, counts['seconds'])}")
     return counts
 
 

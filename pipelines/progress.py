@@ -52,10 +52,12 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
-def bottleneck(seconds: Mapping[str, float], workers: int) -> str:
-    """`read 3.1 s · decode 10 s · … (summed over 2 workers); bottleneck: model`"""
+def bottleneck(seconds: Mapping[str, float], workers: int, elapsed: float) -> str:
+    """`read 3.1 s · decode 10 s · … (summed over 2 workers); bottleneck: model`, or start-up where that took most."""
     spent = " · ".join(f"{name} {duration(value)}" for name, value in seconds.items())
-    return f"{spent} (summed over {workers} workers); bottleneck: {max(seconds, key=seconds.__getitem__)}"
+    idle = elapsed - sum(seconds.values()) / workers
+    slowest = max(seconds, key=seconds.__getitem__) if idle < elapsed / 2 else f"start-up, {duration(idle)}"
+    return f"{spent} (summed over {workers} workers); bottleneck: {slowest}"
 
 
 def _count(number: int) -> str:

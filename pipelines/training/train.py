@@ -90,6 +90,7 @@ def plan_training(
         with another encoder or other classes, shards that have changed, a model that does not exist.
     """
     _check_choices(choices, loss)
+    _check_columns(run, choices)
     classes = _checked_classes(run, eval_run, choices.input)
     spec = _spec(run, choices, classes)
     build_classifier(spec)  # its own ValueError for a model that does not exist
@@ -102,13 +103,6 @@ def plan_training(
         run, input=choices.input, columns=wanted, part="train" if holdout else "all", holdout=holdout,
         seed=recipe.seed, image_size=spec.image_size or 0,
     )  # fmt: skip
-    for option, column in (
-        ("--weights", choices.weights),
-        ("--groups", groups and groups.column),
-        ("--upsample", sampling and sampling.column),
-    ):
-        if column is not None:
-            columns.check_score(run.uri, len(run.shards), column, option)
     if choices.input == "images":
         _check_shards_unchanged(run)
     found = survey(source, len(classes), groups if choices.sampler != "upsample" else sampling)
@@ -156,6 +150,15 @@ def _check_choices(choices: Choices, loss: LossChoice) -> None:
         raise ValueError(f"--holdout {choices.holdout}: expected a fraction in [0, 1)")
     if loss.argument == "weight" and choices.weights is None:
         raise ValueError(f"--weights: {loss.name} needs a column, such as difficulty.weight")
+
+
+def _check_columns(run: Run, choices: Choices) -> None:
+    """Each column that is trained on is there, a number for each sample; the error names the option that asked for it."""
+    rules = (("--groups", choices.groups), ("--upsample", choices.upsample))
+    asked = [("--weights", choices.weights), *((option, rule and rule.column) for option, rule in rules)]
+    for option, column in asked:
+        if column is not None:
+            columns.check_score(run.uri, len(run.shards), column, option)
 
 
 def _checked_classes(run: Run, eval_run: Run | None, kind: str) -> list[str]:
