@@ -22,8 +22,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipelines import columns
-from pipelines.corpus.shards import Shard
-from pipelines.run import CorpusConfig, Run
+from pipelines.run import CorpusConfig, Run, Shard
 
 LINKS = 50_000  # of one file; ext4 allows 65,000
 CONFIG = CorpusConfig(encoder="open_clip:ViT-B-32/laion2b", encoder_fingerprint="f" * 64, width=768)

@@ -13,7 +13,6 @@ from datetime import UTC, datetime
 from typing import Any
 
 from pipelines import columns, storage
-from pipelines.corpus.shards import Shard
 
 RECORD = "run.json"
 # What --overwrite removes: only what stages write, never a folder that merely happens to lie there.
@@ -43,6 +42,15 @@ def fingerprints(*parts: Any) -> Callable[[Any], str]:
         return state.hexdigest()[:32]
 
     return of
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """One shard as it was found: `size` in bytes, time of modification in nanoseconds (0 where the store has none)."""
+
+    url: str
+    size: int
+    mtime_ns: int
 
 
 @dataclasses.dataclass(frozen=True)

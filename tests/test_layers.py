@@ -13,6 +13,7 @@ FORBIDDEN = {
 }
 # Rooms of pipelines/ in the order in which data flow: each imports from those before it only.
 ROOMS = ("corpus", "curation", "training", "evaluation", "confusion", "report", "planning")
+BASE = ("storage", "columns", "run", "tasks", "progress")
 MODULES = [path for package in FORBIDDEN for path in sorted((ROOT / package).rglob("*.py"))]
 
 
@@ -45,6 +46,15 @@ def test_a_room_imports_from_the_rooms_before_it(room):
     for path in (ROOT / "pipelines" / room).glob("*.py"):
         entered = {name.split(".")[1] for name in imported(path) if name.startswith("pipelines.")}
         assert not entered & set(later), f"{path}: {entered & set(later)}"
+
+
+def test_what_all_rooms_stand_on_enters_none():
+    for name in BASE:
+        assert not {
+            module
+            for module in imported(ROOT / "pipelines" / f"{name}.py")
+            if module.split(".")[1:2] and module.split(".")[1] in ROOMS
+        }
 
 
 def test_every_room_has_its_place_in_that_order():

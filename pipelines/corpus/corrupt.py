@@ -23,10 +23,10 @@ from ops.corruptions import CORRUPTIONS, SEVERITIES, corrupt
 from ops.images import ImageError, decode_image
 from pipelines import storage
 from pipelines.corpus.samples import IMAGE_SUFFIXES, LabelSource, SampleNumbering
-from pipelines.corpus.shards import Shard, read_shard
+from pipelines.corpus.shards import read_shard
 from pipelines.corpus.tarstream import ByteStream, TarDamage, TarStream
 from pipelines.progress import Progress
-from pipelines.run import fingerprint
+from pipelines.run import Shard, fingerprint
 from pipelines.tasks import in_order
 
 FAMILIES = {

@@ -4,7 +4,6 @@ Reading is a Ray Data source with one read task per shard. Bad data becomes a ro
 is tried again from where the last block ended, and then fails the stage: it says nothing about the data.
 """
 
-import dataclasses
 import functools
 import hashlib
 import itertools
@@ -25,6 +24,7 @@ from pipelines import storage
 from pipelines.corpus.samples import IMAGE_SUFFIXES, MAX_IMAGE_BYTES, Entry, LabelSource, SampleNumbering, read_samples
 from pipelines.corpus.shardlist import find_shards
 from pipelines.corpus.tarstream import BLOCK, CHUNK_BYTES, ByteStream, Member, StorageError, TarDamage, TarStream
+from pipelines.run import Shard
 
 # Ray's default of 128 MiB made a reader take 464-494 MiB of memory; 16 MiB blocks made it 237.
 BLOCK_BYTES = 16 << 20
@@ -49,15 +49,6 @@ SAMPLES = pa.schema(
 
 class ShardChanged(StorageError):
     """A shard does not hold what it held when it was read: trying again won't help."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Shard:
-    """One shard as it was found: `size` in bytes, time of modification in nanoseconds (0 where the store has none)."""
-
-    url: str
-    size: int
-    mtime_ns: int
 
 
 def expand_shards(spec: str) -> list[Shard]:

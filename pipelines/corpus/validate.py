@@ -18,8 +18,9 @@ import pyarrow as pa
 from ops.images import ImageError, decode_image
 from pipelines.corpus.samples import LabelSource
 from pipelines.corpus.shardlist import evenly
-from pipelines.corpus.shards import Shard, read_shard
+from pipelines.corpus.shards import read_shard
 from pipelines.progress import Progress
+from pipelines.run import Shard
 from pipelines.tasks import in_order
 
 CPUS_PER_SHARD = 0.5  # reading waits for the store half of the time

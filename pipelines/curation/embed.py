@@ -17,10 +17,10 @@ import pyarrow as pa
 import ray
 
 from pipelines import columns, storage
-from pipelines.corpus.shards import LabelSource, Shard, read_shards, shard_digest
+from pipelines.corpus.shards import LabelSource, read_shards, shard_digest
 from pipelines.curation.workers import STEPS, Resources
 from pipelines.progress import Progress
-from pipelines.run import CorpusConfig, Run, StageFailed, fingerprints
+from pipelines.run import CorpusConfig, Run, Shard, StageFailed, fingerprints
 from pipelines.tasks import in_order, map_actors
 
 SHARDS_AT_ONCE = 20_000  # per Ray dataset, whose driver puts a pickled read task for each before it reads the first

@@ -16,9 +16,9 @@ import pyarrow.parquet as pq
 
 from ops.ranks import sortable
 from pipelines import columns, storage
-from pipelines.corpus.shards import Shard, write_subset_shard
+from pipelines.corpus.shards import write_subset_shard
 from pipelines.progress import Progress
-from pipelines.run import Run, StageFailed, fingerprint
+from pipelines.run import Run, Shard, StageFailed, fingerprint
 from pipelines.tasks import in_order, merged_parts
 
 DIGITS = ((21, 11), (10, 11), (0, 10))  # (shift, bits) of the three passes over 32 bits, highest first

@@ -15,10 +15,10 @@ from scipy.special import softmax
 
 from ops.models import Classifier
 from pipelines import columns
-from pipelines.corpus.shards import Shard, iter_images
+from pipelines.corpus.shards import iter_images
 from pipelines.evaluation.calibrate import calibrator_of, classifier_digest
 from pipelines.evaluation.outcomes import PREDICTIONS, Calibrator, calibrated, predictions_schema
-from pipelines.run import Run, StageFailed, fingerprint
+from pipelines.run import Run, Shard, StageFailed, fingerprint
 from pipelines.tasks import write_shards
 from pipelines.training.decode import PictureDecoder
 

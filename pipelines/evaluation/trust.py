@@ -21,12 +21,11 @@ from ops.models import Classifier, ClassifierSpec, build_classifier
 from ops.selective import true_rates
 from ops.trust import TRUST_LOSSES, signed_distance, steep_slope, tcp, trust_cross_entropy, trust_focal
 from pipelines import columns
-from pipelines.corpus.shards import Shard
 from pipelines.evaluation.calibrate import classifier_digest
 from pipelines.evaluation.detection import TRUST, trust_schema
 from pipelines.evaluation.outcomes import PredictionSet, labelled_logits, open_predictions
 from pipelines.evaluation.predict import Forward, check_fits, input_batches, shard_forward
-from pipelines.run import Run, fingerprint
+from pipelines.run import Run, Shard, fingerprint
 from pipelines.tasks import in_order, write_shards
 from pipelines.training.checkpoints import read_classifier
 from pipelines.training.ingest import Loader

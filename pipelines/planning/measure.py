@@ -17,7 +17,7 @@ import numpy as np
 import ray
 
 from pipelines import columns, storage
-from pipelines.corpus.shards import BLOCK_BYTES, LabelSource, Shard, read_shard
+from pipelines.corpus.shards import BLOCK_BYTES, LabelSource, read_shard
 from pipelines.curation import embed as embedding
 from pipelines.curation import fit as fitting
 from pipelines.curation import score as scoring
@@ -25,7 +25,7 @@ from pipelines.curation import select as selecting
 from pipelines.curation.workers import DECODERS, STEPS, Resources
 from pipelines.planning.plan import Measured, StageCost
 from pipelines.report import page as reporting
-from pipelines.run import CorpusConfig, Run
+from pipelines.run import CorpusConfig, Run, Shard
 
 MOST_SHARDS = 64  # of the scratch run: repeating shards of a dozen images until they last is minutes of starting tasks
 PARTS = 8  # of the measured time, for the interval

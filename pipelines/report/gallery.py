@@ -7,8 +7,8 @@ import pyarrow as pa
 from PIL import Image, ImageDraw, ImageOps
 
 from pipelines import columns
-from pipelines.corpus.shards import Shard, read_images
-from pipelines.run import Run
+from pipelines.corpus.shards import read_images
+from pipelines.run import Run, Shard
 from pipelines.tasks import in_order
 
 TILE = 72  # pixels

@@ -8,10 +8,10 @@ from itertools import accumulate
 import pyarrow as pa
 from PIL import Image
 
-from pipelines.corpus.shards import Shard, ShardChanged, read_images
+from pipelines.corpus.shards import ShardChanged, read_images
 from pipelines.corpus.tarstream import StorageError
 from pipelines.report.scan import Limits
-from pipelines.run import Run
+from pipelines.run import Run, Shard
 from pipelines.tasks import in_order
 
 SIZE = 128  # pixels of the longer side; smaller pictures stay as they are

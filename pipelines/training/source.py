@@ -6,8 +6,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipelines import columns
-from pipelines.corpus.shards import Shard
-from pipelines.run import Run
+from pipelines.run import Run, Shard
 
 
 @dataclasses.dataclass(frozen=True)

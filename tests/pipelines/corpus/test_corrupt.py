@@ -9,7 +9,8 @@ import torch
 from ops.corruptions import corrupt
 from ops.images import decode_image
 from pipelines.corpus.corrupt import FAMILIES, corrupt_shards, named_kinds, output_names
-from pipelines.corpus.shards import Shard, expand_shards
+from pipelines.corpus.shards import expand_shards
+from pipelines.run import Shard
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 

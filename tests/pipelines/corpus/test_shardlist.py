@@ -5,7 +5,8 @@ import os
 import pytest
 
 from pipelines.corpus import shardlist
-from pipelines.corpus.shards import Shard, expand_shards
+from pipelines.corpus.shards import expand_shards
+from pipelines.run import Shard
 
 
 @pytest.fixture

@@ -21,7 +21,6 @@ from pipelines.corpus import shards
 from pipelines.corpus.samples import LabelSource
 from pipelines.corpus.shards import (
     SAMPLES,
-    Shard,
     ShardChanged,
     ShardSource,
     expand_shards,
@@ -31,6 +30,7 @@ from pipelines.corpus.shards import (
     write_subset_shard,
 )
 from pipelines.corpus.tarstream import StorageError
+from pipelines.run import Shard
 
 CLS = LabelSource("cls")
 

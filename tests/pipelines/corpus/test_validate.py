@@ -2,8 +2,9 @@
 
 import pytest
 
-from pipelines.corpus.shards import Shard, expand_shards
+from pipelines.corpus.shards import expand_shards
 from pipelines.corpus.validate import EXAMPLES, Check, Findings, kind_of, validate_shard
+from pipelines.run import Shard
 
 
 @pytest.fixture

@@ -8,12 +8,12 @@ import pytest
 from scipy import stats
 
 from pipelines import columns, storage
-from pipelines.corpus.shards import Shard, expand_shards
+from pipelines.corpus.shards import expand_shards
 from pipelines.curation.workers import STEPS, Resources
 from pipelines.planning import plan
 from pipelines.planning.measure import MOST_SHARDS, Probe, _parts, _repeats
 from pipelines.planning.plan import Measured, StageCost
-from pipelines.run import CorpusConfig
+from pipelines.run import CorpusConfig, Shard
 from tests.pipelines.synthetic import make_run, write_shards
 
 MEASURED = Measured(
