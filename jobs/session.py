@@ -118,17 +118,28 @@ def tracked(command: str, options: RunOptions, *config: Any) -> Iterator[Tracker
     for noisy in ("alembic", "mlflow", "huggingface_hub"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
 
-    try:
-        mlflow.set_tracking_uri(uri)
-        _set_experiment(mlflow, uri)
-    except Exception as error:  # of MLflow, of the database below it, of the network
-        raise ValueError(f"--mlflow {uri}: {' '.join(str(error).split())[:200]}") from None
-    with mlflow.start_run(run_name=f"{command} {pathlib.PurePath(options.run).name}") as active:
+    name = f"{command} {pathlib.PurePath(options.run).name}"
+    with _store(mlflow, uri), mlflow.start_run(run_name=name) as active:
         params = {"command": command, "run": options.run}
         for group in config:
             params |= flatten(dataclasses.asdict(group))
         mlflow.log_params({name: str(value)[:6000] for name, value in params.items()})
         yield Tracker(active.info.run_id, uri)
+
+
+@contextlib.contextmanager
+def _store(mlflow: Any, uri: str) -> Iterator[None]:
+    """A tracking store in use. MLflow notes it in the environment, where the process's next command would take it from."""
+    before = os.environ.get("MLFLOW_TRACKING_URI")
+    try:
+        try:
+            mlflow.set_tracking_uri(uri)
+            _set_experiment(mlflow, uri)
+        except Exception as error:  # of MLflow, of the database below it, of the network
+            raise ValueError(f"--mlflow {uri}: {' '.join(str(error).split())[:200]}") from None
+        yield
+    finally:
+        mlflow.set_tracking_uri(before)
 
 
 def _set_experiment(mlflow: Any, uri: str) -> None:

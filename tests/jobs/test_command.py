@@ -2,14 +2,20 @@
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from jobs import hardset
 from jobs.command import Command
+from jobs.options import RunOptions
+from jobs.session import tracked
 from pipelines.run import StageFailed
+
+ROOT = Path(__file__).parents[2]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -119,3 +125,13 @@ def test_the_module_form_is_the_same():
     )
     assert done.returncode == 2
     assert done.stderr.strip().splitlines()[-1].startswith("hardset inspect: error: --run nowhere")
+
+
+def test_a_command_leaves_the_next_ones_tracking_as_it_was(tmp_path, monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    with tracked("toy", RunOptions(run="r", mlflow=f"sqlite:///{tmp_path}/a.db")) as tracker:
+        assert tracker.run_id and (tmp_path / "a.db").exists()
+    assert "MLFLOW_TRACKING_URI" not in os.environ
+    with pytest.raises(ValueError, match=r"--mlflow sqlite:.*pyproject.toml"):
+        tracked("toy", RunOptions(run="r", mlflow=f"sqlite:///{ROOT}/pyproject.toml")).__enter__()
+    assert "MLFLOW_TRACKING_URI" not in os.environ
