@@ -24,16 +24,19 @@ def free_port():
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory):
-    """Address of a head node of our own, with token authentication as Ray turns it on by itself."""
+    """Address of a head node of our own, with token authentication as Ray turns it on by itself.
+
+    Its agent has a port of its own: with the usual one taken by another Ray of this machine no job would ever be taken.
+    """
     import tempfile
 
-    port, dashboard = free_port(), free_port()
+    port, dashboard, agent = free_port(), free_port(), free_port()
     with tempfile.TemporaryDirectory(prefix="r", dir="/tmp") as folder:  # its sockets' paths may not be long
         environment = os.environ | TOKEN
         environment.pop("RAY_ADDRESS", None)
         head = subprocess.Popen(
             [BIN / "ray", "start", "--head", "--block", f"--port={port}", f"--dashboard-port={dashboard}", "--num-cpus=2",
-             f"--temp-dir={folder}", "--dashboard-host=127.0.0.1"],
+             f"--temp-dir={folder}", "--dashboard-host=127.0.0.1", f"--dashboard-agent-listen-port={agent}"],
             env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=folder,
         )  # fmt: skip
         address = f"http://127.0.0.1:{dashboard}"
