@@ -4,7 +4,8 @@ import sys
 import time
 from collections.abc import Mapping
 
-LINES = 200  # a run of a million shards still prints about this many lines
+LINES = 200  # a run of a million shards still prints at most about this many lines
+QUIET_S = 2.0  # and a quick stage the first line and the last
 
 
 class Progress:
@@ -13,7 +14,7 @@ class Progress:
     def __init__(self, stage: str, total: int, skipped: int = 0):
         self.stage, self.total, self.done, self.rows, self.left_out = stage, total, 0, 0, 0
         self.started = time.monotonic()
-        self.every = max(1, total // LINES)
+        self.every, self.said = max(1, total // LINES), -QUIET_S
         if skipped:
             self._say(f"{stage}: {skipped} of {skipped + total} shards already done, skipped\n")
 
@@ -21,8 +22,10 @@ class Progress:
         """One more shard (or several) is finished, with this many rows and samples left out."""
         before = self.done // self.every
         self.done, self.rows, self.left_out = self.done + shards, self.rows + rows, self.left_out + left_out
-        terminal = sys.stderr.isatty()
-        if terminal or self.done == self.total or self.done // self.every > before:
+        terminal, now = sys.stderr.isatty(), time.monotonic() - self.started
+        due = self.done // self.every > before and now - self.said >= QUIET_S
+        if terminal or due or self.done == self.total:
+            self.said = now
             end = "\n" if not terminal or self.done == self.total else ""
             self._say(("\r\x1b[K" if terminal else "") + self.line() + end)
 

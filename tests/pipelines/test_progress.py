@@ -2,7 +2,7 @@
 
 import pytest
 
-from pipelines.progress import Progress, bottleneck, duration
+from pipelines.progress import QUIET_S, Progress, bottleneck, duration
 
 
 @pytest.mark.parametrize(
@@ -28,8 +28,17 @@ def test_a_line_counts_shards_images_and_what_was_left_out(capsys):
     assert "shards 4/4 · 400 images" in (last := capsys.readouterr().err) and " took " in last
 
 
+def test_a_quick_stage_says_its_first_line_and_its_last(capsys):
+    progress = Progress("fit", 50)
+    for _ in range(50):
+        progress.shard(1000)
+    first, last = capsys.readouterr().err.splitlines()
+    assert first.startswith("fit: shards 1/50") and last.startswith("fit: shards 50/50")
+
+
 def test_a_million_shards_take_some_hundred_lines(capsys):
     progress = Progress("fit", 1_000_000)
     for _ in range(1000):
+        progress.said -= QUIET_S  # as if that long had passed
         progress.shard(1000, shards=1000)
     assert 190 <= len(capsys.readouterr().err.splitlines()) <= 210
