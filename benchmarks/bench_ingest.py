@@ -25,9 +25,9 @@ from torch.utils.data import DataLoader
 from torchvision.io import decode_jpeg
 from torchvision.transforms import v2
 
-from pipelines import columns
 from pipelines.corpus.shards import expand_shards
-from pipelines.run import CorpusConfig, Run
+from pipelines.runs import column_groups, columns
+from pipelines.runs.record import CorpusConfig, Run
 from pipelines.training.decode import Augmentation
 from pipelines.training.ingest import Loader
 from pipelines.training.source import Source
@@ -58,7 +58,9 @@ def made_run(folder: Path, size: int, shards: int = 8, per_shard: int = 1000) ->
             keys | {"row": range(per_shard), "label": [r % 10 for r in range(per_shard)], "embedding": vectors}
         )
         facts = {"left_out": 0, "max_label": 9, "digest": "", "size": 0, "mtime_ns": 0}
-        columns.write(run.uri, "embeddings", shard, table.cast(columns.embeddings_schema(1, "float32", 1)), "", **facts)
+        column_groups.write(
+            run.uri, "embeddings", shard, table.cast(columns.embeddings_schema(1, "float32", 1)), "", **facts
+        )
     return run
 
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from benchmarks.heads import arrays, encoder_of, replace_section, spread, table
 from ops.calibration import TemperatureScaling, expected_calibration_error, negative_log_likelihood
 from ops.losses import cross_entropy, selective_aurc
-from pipelines.run import Run
+from pipelines.runs.record import Run
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 Split = tuple[Tensor, Tensor]

@@ -27,7 +27,7 @@ from jobs.options import RunOptions
 from jobs.session import ray_session
 from pipelines.evaluation.calibrate import METHODS, MetaTargets
 from pipelines.evaluation.sidebyside import Question, draw, side_by_side, store_figures
-from pipelines.run import Run
+from pipelines.runs.record import Run
 from pipelines.training.loop import Recipe
 from pipelines.training.objective import LossChoice
 from pipelines.training.train import Choices

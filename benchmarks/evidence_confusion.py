@@ -20,12 +20,12 @@ import pyarrow as pa
 import torch
 
 from ops.correlation import error_bands
-from pipelines import columns
 from pipelines.confusion.heads import HeadScorer
 from pipelines.confusion.members import FOLDER, Member, Placement
 from pipelines.evaluation.compare import agreement, describe_errors, match, scored_keys
-from pipelines.run import Run
-from pipelines.storage import join, list_files, read_bytes
+from pipelines.runs import column_groups
+from pipelines.runs.record import Run
+from pipelines.runs.storage import join, list_files, read_bytes
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -74,7 +74,7 @@ def outside_errors(scores: pa.Table, place: str) -> np.ndarray:
     group = f"predictions/{name}"
     parts = []
     for number, shard in enumerate(run.shards):
-        table = columns.read(run.uri, group, number, ["key", "label", "prediction"])
+        table = column_groups.read(run.uri, group, number, ["key", "label", "prediction"])
         wrong = table["label"].to_numpy() != table["prediction"].to_numpy()
         parts.append(pa.table({"url": [shard.url] * len(table), "key": table["key"], "wrong": wrong.astype(float)}))
     theirs = pa.concat_tables(parts)

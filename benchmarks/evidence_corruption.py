@@ -35,12 +35,12 @@ from jobs.options import RunOptions
 from jobs.score import main as score
 from jobs.session import ray_session
 from ops.calibration import confidence_calibration_error
-from pipelines import columns
 from pipelines.corpus.corrupt import corrupt_shards
 from pipelines.corpus.shards import expand_shards
 from pipelines.evaluation import figures
 from pipelines.evaluation.outcomes import load_outcomes, open_predictions
-from pipelines.run import Run
+from pipelines.runs import column_groups, columns
+from pipelines.runs.record import Run
 from pipelines.training.loop import Recipe
 from pipelines.training.objective import LossChoice
 from pipelines.training.train import Choices
@@ -114,7 +114,7 @@ def severity_of(url: str) -> int:
 
 
 def mean_rmd(run: Run, shard: int) -> float:
-    return float(columns.read(run.uri, columns.DIFFICULTY, shard, ["rmd"])["rmd"].to_numpy().mean())
+    return float(column_groups.read(run.uri, columns.DIFFICULTY, shard, ["rmd"])["rmd"].to_numpy().mean())
 
 
 def draw(severity: np.ndarray, rmd: np.ndarray, found: dict) -> Figure:

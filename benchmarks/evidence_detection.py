@@ -33,12 +33,12 @@ from jobs.fit import main as fit
 from jobs.options import RunOptions
 from jobs.score import main as score
 from jobs.session import ray_session
-from pipelines import columns
 from pipelines.corpus.digits import write_digits
 from pipelines.evaluation.detection import out_of_distribution
 from pipelines.evaluation.outcomes import open_predictions
 from pipelines.evaluation.sidebyside import Question, side_by_side
-from pipelines.run import Run
+from pipelines.runs import column_groups, columns
+from pipelines.runs.record import Run
 from pipelines.training.loop import Recipe
 from pipelines.training.objective import LossChoice
 from pipelines.training.train import Choices
@@ -84,15 +84,15 @@ def part_of(run: Run, folder: Path, classes: list[int], shards: int | None = Non
     number[classes] = np.arange(len(classes))
     part = Run.create(str(folder), run.config, run.shards[:shards])
     for shard in range(len(part.shards)):
-        base = columns.read(run.uri, columns.EMBEDDINGS, shard)
+        base = column_groups.read(run.uri, columns.EMBEDDINGS, shard)
         labels = number[base["label"].to_numpy()]
         kept = base.set_column(base.schema.get_field_index("label"), columns.LABEL, pa.array(labels)).filter(
             labels >= 0
         )
-        facts = columns.facts(run.uri, columns.EMBEDDINGS, shard) | {"max_label": int(labels.max())}
+        facts = column_groups.facts(run.uri, columns.EMBEDDINGS, shard) | {"max_label": int(labels.max())}
         source = f"{facts.pop('source')} of classes {classes}"
         del facts["rows"]
-        columns.write(part.uri, columns.EMBEDDINGS, shard, kept, source, **facts)
+        column_groups.write(part.uri, columns.EMBEDDINGS, shard, kept, source, **facts)
     part.settle_classes(part.embedding_facts())
     part.record |= {key: run.record[key] for key in ("precision",) if key in run.record}
     part.finish_stage("embed", **{**run.stage("embed"), "rows": sum(f["rows"] for f in part.embedding_facts())})

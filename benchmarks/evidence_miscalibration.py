@@ -25,7 +25,7 @@ from ops.calibration import (
 )
 from ops.losses import cross_entropy
 from pipelines.evaluation import figures
-from pipelines.run import Run
+from pipelines.runs.record import Run
 
 BASE = {"depth": 2, "width": 256, "norm": False, "weight_decay": 0.0}
 SWEEPS = {

@@ -23,7 +23,7 @@ from ops.models import load_classifier
 from ops.trust import trust_cross_entropy, trust_focal
 from pipelines.evaluation.sidebyside import Question, draw, side_by_side, store_figures
 from pipelines.evaluation.trust import OracleTraining, trust
-from pipelines.run import Run
+from pipelines.runs.record import Run
 from pipelines.training.loop import Recipe
 from pipelines.training.objective import LossChoice
 from pipelines.training.train import Choices

@@ -21,8 +21,8 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from pipelines import columns
-from pipelines.run import CorpusConfig, Run, Shard
+from pipelines.runs import column_groups, columns
+from pipelines.runs.record import CorpusConfig, Run, Shard
 
 LINKS = 50_000  # of one file; ext4 allows 65,000
 CONFIG = CorpusConfig(encoder="open_clip:ViT-B-32/laion2b", encoder_fingerprint="f" * 64, width=768)
@@ -106,11 +106,11 @@ def bookkeeping(folder: Path, count: int) -> dict:
         table = columns.embeddings_schema(768, "float16", 1).empty_table()
         for i in range(count):
             if i % LINKS == 0:
-                columns.write(run.uri, "sources", i, table, embedding_source(CONFIG, digest), **facts)
-                source = folder / "run" / columns.file_name("sources", i)
+                column_groups.write(run.uri, "sources", i, table, embedding_source(CONFIG, digest), **facts)
+                source = folder / "run" / column_groups.file_name("sources", i)
                 group.mkdir(exist_ok=True)
-            os.link(source, folder / "run" / columns.file_name(columns.EMBEDDINGS, i))
-        time.sleep(columns.SETTLED_S)
+            os.link(source, folder / "run" / column_groups.file_name(columns.EMBEDDINGS, i))
+        time.sleep(column_groups.SETTLED_S)
     before = peak_mib()
     _, source_s = timed(lambda: [embedding_source(CONFIG, str(i)) for i in range(10_000)])
     pending, first_s = timed(lambda: pending_shards(run))
@@ -136,7 +136,7 @@ def plus(a: int, b: int) -> int:
 
 def scheduling(folder: Path, count: int) -> dict:
     """20,000 Ray tasks without work in order; and a sum over all shards in at most 1,024 tasks."""
-    from pipelines.tasks import in_order, merged_parts
+    from pipelines.runs.tasks import in_order, merged_parts
 
     ray_here()
     sum(in_order(nothing, [(i,) for i in range(100)]))

@@ -17,9 +17,9 @@ import torch
 from jobs.options import RunOptions
 from jobs.session import ray_session
 from ops.models import load_classifier
-from pipelines import columns
 from pipelines.evaluation.predict import predict
-from pipelines.run import Run
+from pipelines.runs import column_groups, columns
+from pipelines.runs.record import Run
 from pipelines.training.loop import Plan, Recipe, train_classifier
 from pipelines.training.objective import LossChoice
 from pipelines.training.train import Choices, plan_training
@@ -75,7 +75,7 @@ def predict_last(run: Run, folder: str, name: str) -> None:
 
 def difficulty_losses(run: Run) -> dict[str, tuple[LossChoice, str | None]]:
     """CE, entropy regularisation, that at the mean strength of eq. 9 on a scored run, and eq. 9; each with its weights."""
-    mean = float(columns.load(run.uri, [WEIGHT])[WEIGHT].to_numpy().mean())
+    mean = float(column_groups.load(run.uri, [WEIGHT])[WEIGHT].to_numpy().mean())
     plain = "entropy_regularized"
     return {
         "CE": (LossChoice(), None),
@@ -94,7 +94,7 @@ def arrays(uri: str) -> tuple[np.ndarray, np.ndarray]:
     """Embeddings (n, d) float32 and labels (n,) of a run, in memory."""
     run, features, labels = Run.open(uri), [], []
     for shard in range(len(run.shards)):
-        part = columns.read(uri, columns.EMBEDDINGS, shard, ["label", "embedding"])
+        part = column_groups.read(uri, columns.EMBEDDINGS, shard, ["label", "embedding"])
         features.append(columns.vectors(part["embedding"]).astype(np.float32))
         labels.append(columns.labels_or_minus_one(part["label"]))
     return np.concatenate(features), np.concatenate(labels)

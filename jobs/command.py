@@ -83,7 +83,7 @@ class Command:
     def _run(self, options: list[Any]) -> int:
         from ray.exceptions import RayError
 
-        from pipelines.run import StageFailed
+        from pipelines.runs.errors import StageFailed
 
         try:
             result = self.body(*options)

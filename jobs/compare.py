@@ -14,7 +14,7 @@ from jobs.command import Command, say
 from jobs.options import RunOptions
 from jobs.session import tracked
 from pipelines.evaluation import compare as comparing
-from pipelines.run import Run
+from pipelines.runs.record import Run
 from pipelines.training import trainings
 
 

@@ -14,8 +14,8 @@ from jobs.session import ray_session, tracked
 from pipelines.confusion import heads, images
 from pipelines.confusion import score as scoring
 from pipelines.confusion.members import Member, Placement, plan_members, report
-from pipelines.progress import duration
-from pipelines.run import Run
+from pipelines.runs.progress import duration
+from pipelines.runs.record import Run
 from pipelines.training.source import Source
 from pipelines.training.survey import survey
 

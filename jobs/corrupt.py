@@ -36,7 +36,7 @@ def corrupt(session: SessionOptions, asked: CorruptOptions) -> dict[str, Any]:
     """Write the copies that are not there yet."""
     from pipelines.corpus.corrupt import corrupt_shards, named_kinds
     from pipelines.corpus.shards import expand_shards
-    from pipelines.progress import duration
+    from pipelines.runs.progress import duration
 
     kinds, shards = named_kinds(asked.kinds), expand_shards(asked.shards)
     say(

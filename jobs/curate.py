@@ -20,13 +20,13 @@ def curate(
 ) -> dict:
     """All stages, one after the other; each does only what is missing."""
     from jobs import stages
-    from pipelines import columns
+    from pipelines.runs import column_groups, columns
 
     groups = (corpus, workers, gaussians, weights, selection)
     stages.check_selection(selection)
     run = stages.open_run(options, corpus, gaussians)
     if not selection.by.startswith(columns.DIFFICULTY + "."):  # which curate makes, and no other
-        columns.check_score(run.uri, len(run.shards), selection.by, "--by")
+        column_groups.check_score(run.uri, len(run.shards), selection.by, "--by")
     with tracked("curate", options, *groups) as tracker, ray_session(options):
         result = {
             "run": run.uri,

@@ -65,7 +65,7 @@ def evaluate(options: RunOptions, asked: EvaluateOptions, calibration: Calibrate
     """Evaluate every set, store each, print them side by side."""
     from pipelines.evaluation import sidebyside
     from pipelines.evaluation.calibrate import MetaTargets
-    from pipelines.run import Run
+    from pipelines.runs.record import Run
 
     started = time.monotonic()
     run = Run.open(options.run)

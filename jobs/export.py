@@ -43,9 +43,9 @@ class ExportOptions:
 def export(options: ExportOptions) -> dict[str, Any]:
     """Write the files; reads one shard after the other, without Ray."""
     from pipelines import export as exporting
-    from pipelines import storage
-    from pipelines.progress import duration
-    from pipelines.run import Run
+    from pipelines.runs import storage
+    from pipelines.runs.progress import duration
+    from pipelines.runs.record import Run
 
     run, out = Run.open(options.run), storage.absolute(options.out)
     if options.to in ("table", "cleanlab"):

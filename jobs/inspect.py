@@ -12,7 +12,7 @@ from jobs.options import RunOptions
 def inspect(options: RunOptions) -> dict:
     """Print the summary of a run; reads only."""
     from pipelines.planning.plan import against_actual
-    from pipelines.run import Run
+    from pipelines.runs.record import Run
     from pipelines.summary import summarize
 
     run = Run.open(options.run)

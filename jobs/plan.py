@@ -111,7 +111,7 @@ def _scratch(run: Any, nodes: int) -> Any:
 def _show(found: dict[str, Any]) -> None:
     """The plan as a short table."""
     from pipelines.planning.plan import STAGES
-    from pipelines.progress import duration
+    from pipelines.runs.progress import duration
 
     seconds, memory = found["seconds"], found["memory_bytes"]
     low, high = (duration(value) for value in seconds["interval"])

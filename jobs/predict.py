@@ -31,10 +31,10 @@ class PredictOptions:
 def predict(options: RunOptions, asked: PredictOptions) -> dict[str, Any]:
     """Predict the shards whose predictions are missing or out of date."""
     from jobs import stages
-    from pipelines import storage
     from pipelines.evaluation import predict as prediction
-    from pipelines.progress import duration
-    from pipelines.run import Run
+    from pipelines.runs import storage
+    from pipelines.runs.progress import duration
+    from pipelines.runs.record import Run
     from pipelines.training.checkpoints import read_classifier
 
     run, model = Run.open(options.run), read_classifier(asked.checkpoint)

@@ -23,7 +23,7 @@ class ReportOptions:
 def report(options: RunOptions, asked: ReportOptions) -> dict[str, Any]:
     """Write RUN/report/index.html, unless it is there and up to date."""
     from jobs import stages
-    from pipelines.run import Run
+    from pipelines.runs.record import Run
 
     run = Run.open(options.run)
     names = stages.read_names(asked.classes) if asked.classes else ()

@@ -13,7 +13,7 @@ from jobs.session import ray_session, tracked
 def select(options: RunOptions, selection: SelectOptions) -> dict:
     """Write the subset, unless it is there and up to date."""
     from jobs import stages
-    from pipelines.run import Run
+    from pipelines.runs.record import Run
 
     run = Run.open(options.run)
     with tracked("select", options, selection) as tracker, ray_session(options):

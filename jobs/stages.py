@@ -10,15 +10,15 @@ import ray
 from jobs.command import say
 from jobs.options import CorpusOptions, GaussianOptions, RunOptions, SelectOptions, WeightOptions, WorkerOptions
 from jobs.session import Tracker
-from pipelines import columns, storage
 from pipelines.corpus.shards import LabelSource, expand_shards
 from pipelines.curation import embed as embedding
 from pipelines.curation import fit as fitting
 from pipelines.curation import score as scoring
 from pipelines.curation import select as selecting
 from pipelines.curation.workers import Resources
-from pipelines.progress import bottleneck, duration
-from pipelines.run import CorpusConfig, Run
+from pipelines.runs import columns, storage
+from pipelines.runs.progress import bottleneck, duration
+from pipelines.runs.record import CorpusConfig, Run
 
 
 def open_run(options: RunOptions, corpus: CorpusOptions, gaussians: GaussianOptions | None = None) -> Run:

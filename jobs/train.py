@@ -16,7 +16,7 @@ from jobs.options import RunOptions, WorkerOptions, at_least, named
 from jobs.session import Tracker, ray_session, tracked
 
 if TYPE_CHECKING:
-    from pipelines.run import Run
+    from pipelines.runs.record import Run
     from pipelines.training.loop import Plan, Recipe
     from pipelines.training.train import Choices
 
@@ -162,7 +162,7 @@ def train(
 ) -> dict[str, Any]:
     """Plan, train, and say how good it is."""
     from jobs import stages
-    from pipelines.run import Run
+    from pipelines.runs.record import Run
     from pipelines.training import train as training
     from pipelines.training.objective import LossChoice
 
@@ -247,7 +247,7 @@ def _upsampled(learn: LearnOptions) -> str | None:
 
 def _settled(plan: "Plan", run: "Run", learn: LearnOptions, trainer: TrainerOptions) -> "Plan":
     """The plan with its folder, which holds nothing, or an earlier part of the same training."""
-    from pipelines import storage
+    from pipelines.runs import storage
     from pipelines.training.checkpoints import read_json
 
     out = plan.out or run.path("models", f"{learn.loss}-{plan.lineage['source'][:12]}")
@@ -274,7 +274,7 @@ def _difference(before: dict[str, Any], now: dict[str, Any]) -> str:
 
 
 def _result_there(plan: "Plan") -> dict[str, Any] | None:
-    from pipelines import storage
+    from pipelines.runs import storage
     from pipelines.training.checkpoints import read_json
 
     return read_json(storage.join(plan.out, "result.json"))
@@ -282,7 +282,7 @@ def _result_there(plan: "Plan") -> dict[str, Any] | None:
 
 def _tracked_once(plan: "Plan", options: RunOptions, *groups: Any) -> Any:
     """The training's one MLflow run: a new one, or the one that an earlier attempt in the same folder began."""
-    from pipelines import storage
+    from pipelines.runs import storage
     from pipelines.training.checkpoints import read_json
 
     before = read_json(storage.join(plan.out, "train.json")) or {}
@@ -350,7 +350,7 @@ def _say_epoch(plan: "Plan") -> Callable[[dict[str, Any]], None]:
 
 
 def _result(plan: "Plan", outcome: dict[str, Any], tracker: Tracker, seconds: float) -> dict[str, Any]:
-    from pipelines import storage
+    from pipelines.runs import storage
 
     curve, best, reported = outcome["curve"], outcome["best"], plan.evaluations[-1].name
     found = curve[best][reported]
@@ -372,7 +372,7 @@ def _result(plan: "Plan", outcome: dict[str, Any], tracker: Tracker, seconds: fl
 
 
 def _write_json(plan: "Plan", name: str, value: Any) -> None:
-    from pipelines import storage
+    from pipelines.runs import storage
     from pipelines.training.checkpoints import write_json
 
     write_json(storage.join(plan.out, name), json.loads(json.dumps(value)))
@@ -415,7 +415,7 @@ def _log_model(plan: "Plan") -> None:
     from mlflow.models import ModelSignature
     from mlflow.types import Schema, TensorSpec
 
-    from pipelines import storage
+    from pipelines.runs import storage
     from pipelines.training.checkpoints import read_classifier
 
     spec = plan.spec

@@ -62,7 +62,7 @@ def trust(options: RunOptions, asked: TrustOptions) -> dict[str, Any]:
     from jobs import stages
     from pipelines.evaluation import trust as oracles
     from pipelines.evaluation.predict import Forward
-    from pipelines.run import Run
+    from pipelines.runs.record import Run
     from pipelines.training.checkpoints import read_classifier
 
     run, model = Run.open(options.run), read_classifier(asked.checkpoint)
@@ -83,7 +83,7 @@ def trust(options: RunOptions, asked: TrustOptions) -> dict[str, Any]:
 
 
 def _show(name: str, entry: dict[str, Any]) -> None:
-    from pipelines.progress import duration
+    from pipelines.runs.progress import duration
 
     for tried in entry["search"]:
         rates = ", ".join(f"{key} {100 * tried[key]:.1f} %" for key in ("tpr", "tnr", "balanced"))

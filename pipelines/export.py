@@ -22,10 +22,10 @@ import pyarrow.csv as pcsv
 import pyarrow.parquet as pq
 
 from ops.label_quality import label_quality_of_margin, normalized_margin
-from pipelines import columns, storage
 from pipelines.corpus.shards import read_images
 from pipelines.curation.select import write_uids
-from pipelines.run import Run
+from pipelines.runs import column_groups, columns, storage
+from pipelines.runs.record import Run
 
 FORMATS = ("table", "cleanlab", "npy", "fiftyone", "datacomp")
 TABLE_SUFFIXES = (".parquet", ".arrow", ".csv")
@@ -96,9 +96,9 @@ def score_columns(run: Run) -> list[str]:
     """Every score that a run has in difficulty and confusion. ValueError without any."""
     found = []
     for group in (columns.DIFFICULTY, "confusion"):
-        if storage.exists(run.path(columns.file_name(group, 0))):
+        if storage.exists(run.path(column_groups.file_name(group, 0))):
             keys = {"key", "shard", "row", "label"}
-            found += [f"{group}.{name}" for name in columns.schema(run.uri, group).names if name not in keys]
+            found += [f"{group}.{name}" for name in column_groups.schema(run.uri, group).names if name not in keys]
     if not found:
         raise ValueError(f"--run {run.uri}: it has no scores yet; run hardset score, or name --columns")
     return found
@@ -140,7 +140,7 @@ def shard_tables(run: Run, names: Iterable[str], subset: str | None = None) -> I
     wanted = list(dict.fromkeys(names))
 
     def table_of(shard: int, rows: np.ndarray | None) -> pa.Table:
-        table = columns.join(run.uri, shard, wanted).replace_schema_metadata(None)  # a shard's own facts
+        table = column_groups.join(run.uri, shard, wanted).replace_schema_metadata(None)  # a shard's own facts
         return table if rows is None else table.filter(pa.array(np.isin(table["row"].to_numpy(), rows)))
 
     parts = (

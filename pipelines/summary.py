@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pipelines import columns, storage
 from pipelines.corpus.shardlist import evenly
-from pipelines.run import Run
+from pipelines.runs import column_groups, columns, storage
+from pipelines.runs.record import Run
 
 QUANTILES = (0.0, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1.0)
 MOST_VALUES = 2_000_000  # quantiles of more rows than this are those of evenly spaced shards
@@ -19,7 +19,7 @@ NESTED = ("predictions", "trust")  # hold a column group per name
 
 def summarize(run: Run) -> dict[str, Any]:
     """What `hardset inspect` shows of a run as it is, JSON-able."""
-    embedded = columns.all_facts(run.uri, columns.EMBEDDINGS, len(run.shards))
+    embedded = column_groups.all_facts(run.uri, columns.EMBEDDINGS, len(run.shards))
     rows = sum(f["rows"] for f in embedded if f)
     left_out = sum(f["left_out"] for f in embedded if f)
     return {
@@ -34,30 +34,30 @@ def summarize(run: Run) -> dict[str, Any]:
         "left_out": left_out,
         "bad_fraction": left_out / max(1, rows + left_out),
         "quarantine": quarantine_reasons(run),
-        "groups": {name: group_summary(run, name) for name in column_groups(run)},
+        "groups": {name: group_summary(run, name) for name in groups_of(run)},
         "stages": run.record["stages"],
         "subsets": [name.removeprefix("select/") for name in run.record["stages"] if name.startswith("select/")],
     }
 
 
-def column_groups(run: Run) -> list[str]:
+def groups_of(run: Run) -> list[str]:
     """The column groups that this run has, `predictions/NAME` and `trust/NAME` included."""
     found = storage.list_folders(run.uri)
     names = [name for name in found if name not in NESTED and name != columns.QUARANTINE]
     names += [f"{outer}/{name}" for outer in NESTED if outer in found for name in storage.list_folders(run.path(outer))]
-    return [name for name in sorted(names) if any(columns.all_facts(run.uri, name, len(run.shards)))]
+    return [name for name in sorted(names) if any(column_groups.all_facts(run.uri, name, len(run.shards)))]
 
 
 def group_summary(run: Run, group: str) -> dict[str, Any]:
     """Shards done and the quantiles of each float column of a group."""
-    found = {shard: f for shard, f in enumerate(columns.all_facts(run.uri, group, len(run.shards))) if f}
+    found = {shard: f for shard, f in enumerate(column_groups.all_facts(run.uri, group, len(run.shards))) if f}
     done = list(found)
-    fields = columns.schema(run.uri, group, done[0])
+    fields = column_groups.schema(run.uri, group, done[0])
     names = [f.name for f in fields if pa.types.is_floating(f.type) and "percentile_of" not in columns.about(f)]
     step = 1 + sum(f["rows"] for f in found.values()) // MOST_VALUES
     taken = {name: [] for name in names}
     for shard in done[::step]:
-        table = columns.read(run.uri, group, shard, names)
+        table = column_groups.read(run.uri, group, shard, names)
         for name in names:
             taken[name].append(table[name].drop_null().to_numpy())
     return {
@@ -80,10 +80,10 @@ def quarantine_reasons(run: Run, examples: int = 1) -> dict[str, dict[str, Any]]
     """
     counts: Counter[str] = Counter()
     first: dict[str, list[dict[str, Any]]] = {}
-    found = columns.all_facts(run.uri, columns.QUARANTINE, len(run.shards))
+    found = column_groups.all_facts(run.uri, columns.QUARANTINE, len(run.shards))
     shards = [shard for shard, facts in enumerate(found) if facts and facts["rows"]]
     for shard in [shards[place] for place in evenly(len(shards), MOST_QUARANTINES)]:
-        for entry in columns.read(run.uri, columns.QUARANTINE, shard).to_pylist():
+        for entry in column_groups.read(run.uri, columns.QUARANTINE, shard).to_pylist():
             reason = re.sub(r"\d+", "#", entry["reason"])
             counts[reason] += 1
             if counts[reason] <= examples:

@@ -155,8 +155,9 @@ def test_messages_of_the_troubleshooting_page_are_those_of_the_code():
 @pytest.fixture(scope="module")
 def readable(tmp_path_factory, ray_session, make_image):
     """A folder in which RUN, RUN2, DIR, images and arrays are what the blocks of Python take them for."""
-    from pipelines import columns, export
+    from pipelines import export
     from pipelines.curation import fit, score, select
+    from pipelines.runs import column_groups, columns
     from tests.pipelines.predicted import write_predictions
     from tests.pipelines.synthetic import make_run
 
@@ -170,7 +171,7 @@ def readable(tmp_path_factory, ray_session, make_image):
         (folder / name).symlink_to(run.uri)
     left_out = {"shard": 0, "row": None, "key": None, "member": None, "stage": "embed", "reason": "cut short"}
     table = pa.Table.from_pylist([left_out], schema=columns.QUARANTINE_SCHEMA)
-    columns.write(runs[0].uri, "quarantine", 0, table, "hand")
+    column_groups.write(runs[0].uri, "quarantine", 0, table, "hand")
     (folder / "DIR").symlink_to(folder / "one" / "shards")
     export.export(runs[0], "npy", str(folder / "arrays"))
     for number, name in enumerate(("ant", "bee")):

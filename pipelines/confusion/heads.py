@@ -17,9 +17,9 @@ import ray
 import torch
 
 from ops.head_ensemble import HeadEnsemble, HeadEntropies
-from pipelines import columns
 from pipelines.confusion.members import Member, Placement, commit_epoch, load_epoch, load_resume, train_members
-from pipelines.run import Run
+from pipelines.runs import column_groups, columns
+from pipelines.runs.record import Run
 from pipelines.training.source import Source
 from pipelines.training.survey import Survey, check_trainable, moments, survey
 
@@ -142,7 +142,7 @@ class Windows:
 
     def _shard(self, shard: int) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
         generators = [np.random.default_rng([seed, shard, 1]) for seed in self.seeds]
-        for batch in columns.iter_batches(self.run_uri, columns.EMBEDDINGS, shard, ["label", "embedding"]):
+        for batch in column_groups.iter_batches(self.run_uri, columns.EMBEDDINGS, shard, ["label", "embedding"]):
             labels = columns.labels_or_minus_one(batch["label"])
             known = labels >= 0
             # Poisson(1) counts are the bootstrap's, drawn row by row, so that no one needs to know how many rows there are.
@@ -279,5 +279,5 @@ class HeadScorer:
     def shard(self, run_uri: str, shard: int) -> Iterator[tuple[pa.RecordBatch, np.ndarray]]:
         """(keys, entropies) of a shard's batches."""
         names = [field.name for field in columns.KEYS] + ["embedding"]
-        for batch in columns.iter_batches(run_uri, columns.EMBEDDINGS, shard, names, batch_rows=8192):
+        for batch in column_groups.iter_batches(run_uri, columns.EMBEDDINGS, shard, names, batch_rows=8192):
             yield batch, self(columns.vectors(batch["embedding"]))

@@ -16,10 +16,11 @@ import torch
 
 from ops.confusion import epoch_entropies
 from ops.models import Classifier, build_classifier
-from pipelines import columns, storage
 from pipelines.confusion.members import Member, Placement, commit_epoch, load_epoch, train_members
 from pipelines.evaluation.predict import Forward, input_batches
-from pipelines.run import Run, StageFailed
+from pipelines.runs import column_groups, columns, storage
+from pipelines.runs.errors import StageFailed
+from pipelines.runs.record import Run
 from pipelines.training.checkpoints import read_classifier
 from pipelines.training.loop import Plan, Recipe, Training, Workplace
 from pipelines.training.objective import LossChoice
@@ -132,7 +133,7 @@ class NetworkScorer:
     def shard(self, run_uri: str, shard: int) -> Iterator[tuple[pa.Table, np.ndarray]]:
         """(keys, entropies) of a shard: one float per sample and epoch is all that stays in memory."""
         run = Run.open(run_uri)
-        keys = columns.read(run_uri, columns.EMBEDDINGS, shard, [field.name for field in columns.KEYS])
+        keys = column_groups.read(run_uri, columns.EMBEDDINGS, shard, [field.name for field in columns.KEYS])
         rows = keys["row"].to_numpy()
         entropies = np.full((len(rows), self.epochs), np.nan, np.float32)
         forward = Forward(self.device, self.batch_rows, run.config.max_pixels)

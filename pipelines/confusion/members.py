@@ -20,8 +20,9 @@ import ray
 import safetensors.torch
 import torch
 
-from pipelines import storage
-from pipelines.run import Run, StageFailed, fingerprint
+from pipelines.runs import storage
+from pipelines.runs.errors import StageFailed
+from pipelines.runs.record import Run, fingerprint
 
 FOLDER = "models/confusion"
 TRIES = 3  # of a training whose workers die

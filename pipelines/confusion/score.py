@@ -6,7 +6,7 @@
 A Ray Data row is a shard's number, and what comes back is how many rows it has. An actor loads the members once and reads,
 scores and writes a shard by itself: the column group has one file per shard, so no rows are regrouped behind the actors, a
 shard computed twice is written twice the same, and what waits in memory does not grow with the corpus. Plain tasks would
-load M × T checkpoints again for each shard (or move them to the GPU), so it is actors here, not `pipelines.tasks`.
+load M × T checkpoints again for each shard (or move them to the GPU), so it is actors here, not `pipelines.runs.tasks`.
 """
 
 import time
@@ -18,12 +18,13 @@ import pyarrow as pa
 import ray
 import torch
 
-from pipelines import columns, storage
 from pipelines.confusion.members import Member, Placement, report
 from pipelines.curation import percentiles
-from pipelines.progress import Progress
-from pipelines.run import Run, StageFailed, fingerprint
-from pipelines.tasks import map_actors
+from pipelines.runs import column_groups, columns, storage
+from pipelines.runs.errors import StageFailed
+from pipelines.runs.progress import Progress
+from pipelines.runs.record import Run, fingerprint
+from pipelines.runs.tasks import map_actors
 
 CONFUSION = "confusion"
 SCHEMA = pa.schema(
@@ -56,7 +57,7 @@ class ScoreShards:
     def _score(self, shard: int, source: str) -> int:
         parts = self.scorer.shard(self.run_uri, shard)
         table = columns.concat((confusion_table(keys, found, self.seeds) for keys, found in parts), SCHEMA)
-        columns.write(self.run_uri, CONFUSION, shard, table, source)
+        column_groups.write(self.run_uri, CONFUSION, shard, table, source)
         return table.num_rows
 
 

@@ -21,13 +21,13 @@ from PIL import Image
 
 from ops.corruptions import CORRUPTIONS, SEVERITIES, corrupt
 from ops.images import ImageError, decode_image
-from pipelines import storage
 from pipelines.corpus.samples import IMAGE_SUFFIXES, LabelSource, SampleNumbering
 from pipelines.corpus.shards import read_shard
 from pipelines.corpus.tarstream import ByteStream, TarDamage, TarStream
-from pipelines.progress import Progress
-from pipelines.run import Shard, fingerprint
-from pipelines.tasks import in_order
+from pipelines.runs import storage
+from pipelines.runs.progress import Progress
+from pipelines.runs.record import Shard, fingerprint
+from pipelines.runs.tasks import in_order
 
 FAMILIES = {
     "noise": ("gaussian_noise", "shot_noise", "impulse_noise"),

@@ -17,7 +17,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import cross_val_predict
 
-from pipelines import columns, storage
+from pipelines.runs import columns, storage
 
 SEVERITIES = (1, 2, 3, 4, 5)
 NOISE = (0.08, 0.16, 0.24, 0.32, 0.40)  # standard deviation at severity 1 … 5, of grey values in [0, 1]

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import pyarrow.fs as pafs
 from braceexpand import UnbalancedBracesError, braceexpand
 
-from pipelines import storage
+from pipelines.runs import storage
 
 MAX_SHARDS = 1_000_000
 STAT_THREADS = 32  # each look-up is a round trip on an object store

@@ -20,11 +20,11 @@ from ray.data.block import BlockMetadata
 from ray.data.context import DataContext
 from ray.data.datasource import Datasource, ReadTask
 
-from pipelines import storage
 from pipelines.corpus.samples import IMAGE_SUFFIXES, MAX_IMAGE_BYTES, Entry, LabelSource, SampleNumbering, read_samples
 from pipelines.corpus.shardlist import find_shards
 from pipelines.corpus.tarstream import BLOCK, CHUNK_BYTES, ByteStream, Member, StorageError, TarDamage, TarStream
-from pipelines.run import Shard
+from pipelines.runs import storage
+from pipelines.runs.record import Shard
 
 # Ray's default of 128 MiB made a reader take 464-494 MiB of memory; 16 MiB blocks made it 237.
 BLOCK_BYTES = 16 << 20
@@ -60,7 +60,7 @@ def expand_shards(spec: str) -> list[Shard]:
         One or several of these, `::` between them, each expanded by itself: a brace pattern `a/{000..049}.tar`, a glob
         (`*`, `?`, `[…]`, `**`), a folder (its `*.tar`), one shard, or a text file (not called .tar) of such sources, a
         line each, `#` for comments; relative lines start at the working folder. Local or a URI of any filesystem that
-        `pipelines.storage` opens.
+        `pipelines.runs.storage` opens.
 
     Returns
     -------

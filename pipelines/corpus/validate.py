@@ -19,9 +19,9 @@ from ops.images import ImageError, decode_image
 from pipelines.corpus.samples import LabelSource
 from pipelines.corpus.shardlist import evenly
 from pipelines.corpus.shards import read_shard
-from pipelines.progress import Progress
-from pipelines.run import Shard
-from pipelines.tasks import in_order
+from pipelines.runs.progress import Progress
+from pipelines.runs.record import Shard
+from pipelines.runs.tasks import in_order
 
 CPUS_PER_SHARD = 0.5  # reading waits for the store half of the time
 EXAMPLES = 3  # per reason

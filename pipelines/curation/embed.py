@@ -16,12 +16,13 @@ from collections.abc import Callable, Iterator
 import pyarrow as pa
 import ray
 
-from pipelines import columns, storage
 from pipelines.corpus.shards import LabelSource, read_shards, shard_digest
 from pipelines.curation.workers import STEPS, Resources
-from pipelines.progress import Progress
-from pipelines.run import CorpusConfig, Run, Shard, StageFailed, fingerprints
-from pipelines.tasks import in_order, map_actors
+from pipelines.runs import column_groups, columns, storage
+from pipelines.runs.errors import StageFailed
+from pipelines.runs.progress import Progress
+from pipelines.runs.record import CorpusConfig, Run, Shard, fingerprints
+from pipelines.runs.tasks import in_order, map_actors
 
 SHARDS_AT_ONCE = 20_000  # per Ray dataset, whose driver puts a pickled read task for each before it reads the first
 PART_NOTE = pa.schema(
@@ -68,7 +69,7 @@ def commit_shard(shard: int, paths: list[str], end: dict, entry: Shard, config: 
     source = embedding_source(config, end["digest"])
     bad = bad.append_column("stage", pa.array(["embed"] * bad.num_rows, pa.string()))
     quarantined = bad.select(columns.QUARANTINE_SCHEMA.names).cast(columns.QUARANTINE_SCHEMA)
-    columns.write(run_uri, columns.QUARANTINE, shard, quarantined, source)
+    column_groups.write(run_uri, columns.QUARANTINE, shard, quarantined, source)
     facts = {
         "left_out": bad.num_rows,
         "max_label": pa.compute.max(good["label"]).as_py(),
@@ -76,7 +77,7 @@ def commit_shard(shard: int, paths: list[str], end: dict, entry: Shard, config: 
         "size": entry.size,
         "mtime_ns": entry.mtime_ns,
     }
-    columns.write(run_uri, columns.EMBEDDINGS, shard, good.select(schema.names).cast(schema), source, **facts)
+    column_groups.write(run_uri, columns.EMBEDDINGS, shard, good.select(schema.names).cast(schema), source, **facts)
     return {"rows": good.num_rows, "left_out": bad.num_rows}
 
 
@@ -103,7 +104,7 @@ def pending_shards(run: Run) -> list[int]:
     """
     config, shards, verified = run.config, run.shards, run.record.setdefault("verified", {})
     pending, doubtful, source_of = [], [], embedding_sources(config)
-    facts = columns.all_facts(run.uri, columns.EMBEDDINGS, len(shards))
+    facts = column_groups.all_facts(run.uri, columns.EMBEDDINGS, len(shards))
     for position, (shard, fact) in enumerate(zip(shards, facts)):
         same = fact and fact["size"] == shard.size and fact["source"] == source_of(fact["digest"])
         if not same:

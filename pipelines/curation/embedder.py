@@ -16,9 +16,9 @@ import torch
 
 from ops.encoders import Encoder, load_encoder
 from ops.images import ImageError, augment, decode_image
-from pipelines import columns
 from pipelines.curation.workers import DECODERS, STEPS, Resources
-from pipelines.run import CorpusConfig
+from pipelines.runs import columns
+from pipelines.runs.record import CorpusConfig
 
 PIXELS_AT_ONCE = 1 << 26  # of decoded pictures per thread: 192 MiB
 

@@ -14,11 +14,11 @@ import numpy as np
 from ops.arrays import on_device, to_numpy
 from ops.difficulty import Reference
 from ops.gaussian import Gaussians, GaussianStats
-from pipelines import columns, storage
 from pipelines.curation import percentiles
-from pipelines.progress import Progress
-from pipelines.run import CorpusConfig, Run, fingerprint
-from pipelines.tasks import in_order, merged_parts
+from pipelines.runs import column_groups, columns, storage
+from pipelines.runs.progress import Progress
+from pipelines.runs.record import CorpusConfig, Run, fingerprint
+from pipelines.runs.tasks import in_order, merged_parts
 
 GAUSSIANS = "gaussians.npz"
 
@@ -61,7 +61,7 @@ def shard_statistics(
     """Ray task: the mergeable statistics of one shard, all its views."""
     stats = GaussianStats(num_classes, pilot.shape[0], pilot=pilot)
     names = ["label", "embedding"] + (["augmented"] if views > 1 else [])
-    for batch in columns.iter_batches(run_uri, columns.EMBEDDINGS, shard, names):
+    for batch in column_groups.iter_batches(run_uri, columns.EMBEDDINGS, shard, names):
         labels = columns.labels_or_minus_one(batch["label"])
         for name in names[1:]:
             features = columns.vectors(batch[name]).reshape(-1, pilot.shape[0])
@@ -73,7 +73,7 @@ def shard_statistics(
 def shard_reference(shard: int, run_uri: str, gaussians: Gaussians, device: str) -> ReferenceSums:
     """Ray task: the sums of rmd over one shard's labelled samples."""
     sums = ReferenceSums()
-    for batch in columns.iter_batches(run_uri, columns.EMBEDDINGS, shard, ["label", "embedding"]):
+    for batch in column_groups.iter_batches(run_uri, columns.EMBEDDINGS, shard, ["label", "embedding"]):
         labels = columns.labels_or_minus_one(batch["label"])
         features = columns.vectors(batch["embedding"]).astype(np.float64)
         rmd = gaussians.distances(on_device(features, device), on_device(labels, device)).rmd
@@ -179,7 +179,7 @@ def _refuse_unknown_classes(run: Run, gaussians: Gaussians, other: Run) -> None:
 
 def _labels_of_shard(shard: int, run_uri: str) -> set[int]:
     """Ray task: the labels that occur in a shard, -1 for none."""
-    labels = columns.read(run_uri, columns.EMBEDDINGS, shard, ["label"])["label"]
+    labels = column_groups.read(run_uri, columns.EMBEDDINGS, shard, ["label"])["label"]
     return set(np.unique(columns.labels_or_minus_one(labels)).tolist())
 
 
@@ -219,5 +219,5 @@ def save_gaussians(run: Run, gaussians: Gaussians) -> None:
 
 def _pilot_mean(run: Run, shard: int) -> np.ndarray:
     """A rough mean, shared by all tasks: sums about it keep their digits."""
-    first = next(columns.iter_batches(run.uri, columns.EMBEDDINGS, shard, ["embedding"]))
+    first = next(column_groups.iter_batches(run.uri, columns.EMBEDDINGS, shard, ["embedding"]))
     return columns.vectors(first["embedding"]).astype(np.float64).mean(axis=0)

@@ -16,9 +16,9 @@ import numpy as np
 import pyarrow as pa
 
 from ops.ranks import Cells, RankCounter, RankTable, codes_of, merge_counts
-from pipelines import columns, storage
-from pipelines.run import Run, fingerprint
-from pipelines.tasks import in_order, write_shards
+from pipelines.runs import column_groups, columns, storage
+from pipelines.runs.record import Run, fingerprint
+from pipelines.runs.tasks import in_order, write_shards
 
 ROWS_PER_TASK = 1 << 20
 SHARDS_PER_TASK = 64
@@ -37,7 +37,7 @@ def source_of(scored: str, reference: str | None) -> str:
 
 def what_is_left(run: Run, group: str, scored: Sequence[str], final: Sequence[str]) -> tuple[list[int], list[int]]:
     """Shards whose file of a group is not final, and those among them whose scores are missing or old as well."""
-    facts = columns.all_facts(run.uri, group, len(final))
+    facts = column_groups.all_facts(run.uri, group, len(final))
     pending = [shard for shard, fact in enumerate(facts) if not fact or fact["source"] != final[shard]]
     return pending, [s for s in pending if not facts[s] or _scored(facts[s]) != scored[s]]
 
@@ -141,7 +141,7 @@ def _count_shards(
     """Ray task: per score, the parts of open cells that samples of these shards fall into, and how many."""
     counted: dict[str, list] = {name: [] for name in cells}
     for shard in shards:
-        scores = columns.read(run_uri, group, shard, list(cells))
+        scores = column_groups.read(run_uri, group, shard, list(cells))
         labels = _labels(run_uri, shard)
         for name, open_cells in cells.items():
             counted[name].append(open_cells.count(_codes(_values(scores[name]), labels)))
@@ -156,7 +156,7 @@ def _codes(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
 
 def _labels(run_uri: str, shard: int) -> np.ndarray:
-    return columns.labels_or_minus_one(columns.read(run_uri, columns.EMBEDDINGS, shard, ["label"])["label"])
+    return columns.labels_or_minus_one(column_groups.read(run_uri, columns.EMBEDDINGS, shard, ["label"])["label"])
 
 
 def _values(column: pa.ChunkedArray) -> np.ndarray:
@@ -173,11 +173,11 @@ def complete(run: Run, group: str, shards: Sequence[int], sources: Sequence[str]
 
 def _complete_shard(shard: int, source: str, run_uri: str, group: str, tables: Tables | None) -> int:
     """Ray task: one shard's scores, read and written again with their percentiles; returns its rows."""
-    facts = columns.facts(run_uri, group, shard)
+    facts = column_groups.facts(run_uri, group, shard)
     assert facts is not None, f"{group}/ of shard {shard} is gone"
     kept = {name: value for name, value in facts.items() if name not in ("source", "rows")} | {"scored": _scored(facts)}
-    table = with_percentiles(columns.read(run_uri, group, shard), group, _labels(run_uri, shard), tables)
-    columns.write(run_uri, group, shard, table, source, **kept)
+    table = with_percentiles(column_groups.read(run_uri, group, shard), group, _labels(run_uri, shard), tables)
+    column_groups.write(run_uri, group, shard, table, source, **kept)
     return table.num_rows
 
 

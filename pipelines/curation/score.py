@@ -11,12 +11,12 @@ import pyarrow as pa
 from ops.arrays import on_device, to_numpy
 from ops.difficulty import Reference, difficulty_weight, fit_centers, kmeans_difficulty
 from ops.gaussian import Gaussians
-from pipelines import columns, storage
 from pipelines.curation import percentiles
 from pipelines.curation.fit import load_gaussians
-from pipelines.run import Run, fingerprint
+from pipelines.runs import column_groups, columns, storage
+from pipelines.runs.record import Run, fingerprint
+from pipelines.runs.tasks import in_order, write_shards
 from pipelines.summary import group_summary
-from pipelines.tasks import in_order, write_shards
 
 KMEANS_FILE = "kmeans.npz"
 KMEANS_ROWS = 100_000
@@ -47,14 +47,14 @@ def score_shard(
     names = [field.name for field in columns.KEYS] + ["label", "embedding"]
     batches = [
         _score_batch(batch, gaussians, weighting, centers, device, schema)
-        for batch in columns.iter_batches(run_uri, columns.EMBEDDINGS, shard, names)
+        for batch in column_groups.iter_batches(run_uri, columns.EMBEDDINGS, shard, names)
     ]
     table = columns.concat(batches, schema)
     if tables is not None:
         table = percentiles.with_percentiles(
             table, columns.DIFFICULTY, columns.labels_or_minus_one(table["label"]), tables
         )
-    columns.write(run_uri, columns.DIFFICULTY, shard, table, source, scored=scored)
+    column_groups.write(run_uri, columns.DIFFICULTY, shard, table, source, scored=scored)
     return table.num_rows
 
 
@@ -133,7 +133,7 @@ def kmeans_centers(run: Run, k: int, seed: int = 0) -> np.ndarray:
 
 def _every(shard: int, first: int, run_uri: str, step: int) -> np.ndarray:
     """Ray task: every `step`-th embedding of a shard."""
-    column = columns.read(run_uri, columns.EMBEDDINGS, shard, ["embedding"])["embedding"]
+    column = column_groups.read(run_uri, columns.EMBEDDINGS, shard, ["embedding"])["embedding"]
     return columns.vectors(column)[first::step]
 
 

@@ -15,11 +15,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ops.ranks import sortable
-from pipelines import columns, storage
 from pipelines.corpus.shards import write_subset_shard
-from pipelines.progress import Progress
-from pipelines.run import Run, Shard, StageFailed, fingerprint
-from pipelines.tasks import in_order, merged_parts
+from pipelines.runs import column_groups, columns, storage
+from pipelines.runs.errors import StageFailed
+from pipelines.runs.progress import Progress
+from pipelines.runs.record import Run, Shard, fingerprint
+from pipelines.runs.tasks import in_order, merged_parts
 
 DIGITS = ((21, 11), (10, 11), (0, 10))  # (shift, bits) of the three passes over 32 bits, highest first
 MANIFEST_SCHEMA = pa.schema(
@@ -77,8 +78,8 @@ class Cut:
 def _scored(shard: int, run_uri: str, rule: Rule) -> tuple[pa.Table, np.ndarray, np.ndarray]:
     """Rows of a shard that have a score, their sortable scores and their class (0 without per_class)."""
     group, name = columns.split_name(rule.by)
-    kept = [n for n in ("key", "shard", "row", "label") if n in columns.schema(run_uri, group, shard).names]
-    table = columns.read(run_uri, group, shard, [*kept, name])
+    kept = [n for n in ("key", "shard", "row", "label") if n in column_groups.schema(run_uri, group, shard).names]
+    table = column_groups.read(run_uri, group, shard, [*kept, name])
     table = table.select(kept).append_column("score", table[name].cast(pa.float32()))
     table = table.filter(pa.compute.is_finite(table["score"].fill_null(np.nan)))
     keys = sortable(table["score"].to_numpy(), rule.lowest)
@@ -91,7 +92,7 @@ def _scored(shard: int, run_uri: str, rule: Rule) -> tuple[pa.Table, np.ndarray,
 
 def _labels_of(table: pa.Table, shard: int, run_uri: str) -> pa.ChunkedArray:
     """Labels of rows of a group that has none, from the embeddings (a merge by row: both are in shard order)."""
-    known = columns.read(run_uri, columns.EMBEDDINGS, shard, ["row", "label"])
+    known = column_groups.read(run_uri, columns.EMBEDDINGS, shard, ["row", "label"])
     at = np.searchsorted(known["row"].to_numpy(), table["row"].to_numpy())
     return known["label"].take(pa.array(at))
 
@@ -234,8 +235,8 @@ def _plan_outputs(run: Run, rule: Rule, cut: Cut, samples_per_shard: int) -> Ite
 
 
 def _column_sources(run: Run, column: str) -> list[str]:
-    facts = columns.check_score(run.uri, len(run.shards), column, "--by")
-    columns.check_group_fresh(columns.split_name(column)[0], run.embedding_facts(), run.uri)
+    facts = column_groups.check_score(run.uri, len(run.shards), column, "--by")
+    column_groups.check_group_fresh(columns.split_name(column)[0], run.embedding_facts(), run.uri)
     return [fact["source"] for fact in facts]
 
 

@@ -9,9 +9,9 @@ import numpy as np
 
 from ops.calibration import MetaCalibration, TemperatureScaling, calibrator_from_dict
 from ops.models import Classifier
-from pipelines import columns, storage
 from pipelines.evaluation.outcomes import Calibrator, PredictionSet, held_out_logits
-from pipelines.run import Run
+from pipelines.runs import column_groups, storage
+from pipelines.runs.record import Run
 from pipelines.training.checkpoints import annotate_classifier, read_classifier
 
 METHODS = ("temperature", "meta_misclassification", "meta_accuracy")
@@ -65,7 +65,7 @@ def _new(method: str, targets: MetaTargets, seed: int) -> Calibrator:
 
 def applied_calibration(run: Run, predictions: PredictionSet) -> str | None:
     """The calibration that these predictions were made with, None where there is none (or nothing is said of it)."""
-    facts = columns.facts(run.uri, predictions.group, predictions.shards[0]) or {}
+    facts = column_groups.facts(run.uri, predictions.group, predictions.shards[0]) or {}
     return facts.get("calibration")
 
 
@@ -76,7 +76,7 @@ def save_calibration(
 
     None where the predictions do not say which checkpoint made them, or it is not there any more, or holds other weights.
     """
-    facts = columns.facts(run.uri, predictions.group, predictions.shards[0]) or {}
+    facts = column_groups.facts(run.uri, predictions.group, predictions.shards[0]) or {}
     folder = facts.get("checkpoint")
     if not folder or not storage.exists(folder):
         return None

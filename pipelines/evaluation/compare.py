@@ -10,8 +10,8 @@ from scipy.stats import kendalltau, pearsonr, spearmanr
 
 from ops.checks import UndefinedMetricError
 from ops.correlation import ErrorBands, error_bands, error_correlation
-from pipelines import columns
-from pipelines.run import Run
+from pipelines.runs import column_groups, columns
+from pipelines.runs.record import Run
 
 TOP = 0.1  # the share of the highest scores whose overlap is told
 
@@ -81,7 +81,7 @@ def top_overlap(x: np.ndarray, y: np.ndarray, share: float = TOP) -> float:
 
 def scored_keys(run: Run, column: str) -> pa.Table:
     """url, key, score (float64) of a run's samples that have a finite score, in shard order."""
-    columns.check_score(run.uri, len(run.shards), column, "--column")
+    column_groups.check_score(run.uri, len(run.shards), column, "--column")
     group, name = columns.split_name(column)
     parts = [_shard_scores(run, shard, url, group, name) for shard, url in _shards(run)]
     return pa.concat_tables(parts)
@@ -92,7 +92,7 @@ def _shards(run: Run) -> Iterator[tuple[int, str]]:
 
 
 def _shard_scores(run: Run, shard: int, url: str, group: str, name: str) -> pa.Table:
-    table = columns.read(run.uri, group, shard, ["key", name])
+    table = column_groups.read(run.uri, group, shard, ["key", name])
     scores = table[name].cast(pa.float64())
     urls = pa.array([url] * len(table), pa.string()).dictionary_encode()
     table = pa.table({"url": urls.cast(pa.string()), "key": table["key"], "score": scores})
@@ -156,7 +156,7 @@ def error_curve(run: Run, column: str, predictions: str, bands: int = 10) -> dic
     """
     group = f"predictions/{predictions}"
     wanted = [column, f"{group}.label", f"{group}.prediction"]
-    table = pa.concat_tables([columns.join(run.uri, shard, wanted) for shard in range(len(run.shards))])
+    table = pa.concat_tables([column_groups.join(run.uri, shard, wanted) for shard in range(len(run.shards))])
     table = table.select(wanted).filter(pc.is_finite(table[column].cast(pa.float64())).fill_null(False)).drop_null()
     if not len(table):
         raise ValueError(f"--predictions {predictions}: no sample of {run.uri} has a label, a prediction and {column}")

@@ -13,7 +13,6 @@ from ops.bootstrap import bootstrap_interval, joint_bootstrap_intervals
 from ops.checks import UndefinedMetricError
 from ops.gaussian import Gaussians
 from ops.selective import confidence, detection_metrics, true_rates
-from pipelines import columns, storage
 from pipelines.curation.fit import GAUSSIANS, load_gaussians
 from pipelines.evaluation.evaluate import (
     METRICS,
@@ -25,8 +24,9 @@ from pipelines.evaluation.evaluate import (
     undefined_notes,
 )
 from pipelines.evaluation.outcomes import PredictionSet, check_rows, load_outcomes, shard_logits
-from pipelines.run import Run
-from pipelines.tasks import in_order
+from pipelines.runs import column_groups, columns, storage
+from pipelines.runs.record import Run
+from pipelines.runs.tasks import in_order
 
 TRUST = "trust"
 OUTSIDE = ("fpr95", "auroc", "aupr_in", "aupr_out")
@@ -41,14 +41,14 @@ def trust_facts(run: Run, name: str) -> dict[str, Any]:
     """What a trust set says of itself; ValueError where shards lack it. Empty for one not written by hardset."""
     columns.check_name("--trust", name)
     group = f"{TRUST}/{name}"
-    missing = columns.missing(run.uri, group, len(run.shards))
+    missing = column_groups.missing(run.uri, group, len(run.shards))
     if missing:
         raise ValueError(
             f"--trust {name}: {run.uri} has no {group} for {len(missing)} of its {len(run.shards)} shards; "
             f"run hardset trust --name {name}"
         )
-    columns.check_group_fresh(group, run.embedding_facts(), run.uri)
-    return columns.facts(run.uri, group, 0) or {}
+    column_groups.check_group_fresh(group, run.embedding_facts(), run.uri)
+    return column_groups.facts(run.uri, group, 0) or {}
 
 
 def evaluate_trust(run: Run, name: str, predictions: PredictionSet, replicates: int = 200, seed: int = 0) -> Evaluation:
@@ -119,8 +119,8 @@ def _trust_values(run: Run, name: str, shards: Sequence[int]) -> np.ndarray:
 
 
 def _shard_trust(shard: int, run_uri: str, name: str) -> np.ndarray:
-    truth = columns.read(run_uri, columns.EMBEDDINGS, shard, ["row", "label"])
-    found = columns.read(run_uri, f"{TRUST}/{name}", shard, ["row", "trust"])
+    truth = column_groups.read(run_uri, columns.EMBEDDINGS, shard, ["row", "label"])
+    found = column_groups.read(run_uri, f"{TRUST}/{name}", shard, ["row", "trust"])
     check_rows(f"--trust {name}", shard, truth["row"].to_numpy(), found["row"].to_numpy())
     z = found["trust"].cast(pa.float64()).fill_null(np.nan).to_numpy()
     if np.isnan(z).any():
@@ -205,7 +205,7 @@ def _nearest_rmd(predictions: PredictionSet, gaussians: Gaussians) -> np.ndarray
 
 def _shard_nearest_rmd(shard: int, run_uri: str, gaussians: Gaussians) -> np.ndarray:
     found = [np.zeros(0)]
-    for batch in columns.iter_batches(run_uri, columns.EMBEDDINGS, shard, ["embedding"]):
+    for batch in column_groups.iter_batches(run_uri, columns.EMBEDDINGS, shard, ["embedding"]):
         scores = gaussians.scores(columns.vectors(batch["embedding"]))
         found.append(to_numpy(scores.nearest_md) - to_numpy(scores.md_agn))
     return np.concatenate(found)

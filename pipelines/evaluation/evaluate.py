@@ -25,7 +25,6 @@ from ops.selective import (
     risk_at_coverage,
     separability,
 )
-from pipelines import columns, storage
 from pipelines.evaluation.outcomes import (
     BINS,
     Calibrator,
@@ -34,8 +33,9 @@ from pipelines.evaluation.outcomes import (
     class_probabilities,
     load_outcomes,
 )
-from pipelines.run import Run
-from pipelines.tasks import in_order
+from pipelines.runs import column_groups, columns, storage
+from pipelines.runs.record import Run
+from pipelines.runs.tasks import in_order
 from pipelines.training.groups import GroupRule
 
 EVALUATION = "evaluation"
@@ -169,7 +169,7 @@ def evaluate(
 
 
 def _has_difficulty(run: Run) -> bool:
-    return run.stage("score") is not None and all(columns.all_facts(run.uri, columns.DIFFICULTY, len(run.shards)))
+    return run.stage("score") is not None and all(column_groups.all_facts(run.uri, columns.DIFFICULTY, len(run.shards)))
 
 
 def _overall(outcomes: Outcomes) -> dict[str, float | None]:

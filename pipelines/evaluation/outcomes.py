@@ -14,9 +14,9 @@ from scipy.special import log_softmax, softmax
 
 from ops.calibration import MetaCalibration, TemperatureScaling, reliability_curve
 from ops.selective import CONFIDENCES, confidence
-from pipelines import columns, storage
-from pipelines.run import Run
-from pipelines.tasks import in_order
+from pipelines.runs import column_groups, columns, storage
+from pipelines.runs.record import Run
+from pipelines.runs.tasks import in_order
 
 PREDICTIONS = "predictions"
 BINS = 15
@@ -59,15 +59,15 @@ def open_predictions(run: Run, name: str) -> PredictionSet:
     """
     columns.check_name("--predictions", name)
     shards = range(len(run.shards))
-    missing = columns.missing(run.uri, f"{PREDICTIONS}/{name}", len(shards))
+    missing = column_groups.missing(run.uri, f"{PREDICTIONS}/{name}", len(shards))
     if missing:
         have = sorted({path.split("/")[-2] for path in storage.list_files(run.path(PREDICTIONS), ".parquet")})
         raise ValueError(
             f"--predictions {name}: {run.uri} has no predictions/{name} for {len(missing)} of its {len(shards)} shards "
             f"(first: {missing[0]}); run hardset predict --name {name}{', or take one of ' + ', '.join(have) if have else ''}"
         )
-    columns.check_group_fresh(f"{PREDICTIONS}/{name}", run.embedding_facts(), run.uri)
-    with ThreadPoolExecutor(columns.FOOTER_THREADS) as pool:
+    column_groups.check_group_fresh(f"{PREDICTIONS}/{name}", run.embedding_facts(), run.uri)
+    with ThreadPoolExecutor(column_groups.FOOTER_THREADS) as pool:
         found = pool.map(lambda shard: _width(run, name, shard), shards)
         widths = {width: shard for shard, width in zip(shards, found) if width is not None}
     if not widths:
@@ -85,7 +85,7 @@ def open_predictions(run: Run, name: str) -> PredictionSet:
 def _width(run: Run, name: str, shard: int) -> int | None:
     """Classes of one shard's logits; None for a shard without rows whose lists do not say."""
     group = f"{PREDICTIONS}/{name}"
-    schema = columns.schema(run.uri, group, shard)
+    schema = column_groups.schema(run.uri, group, shard)
     for needed in ("row", "logits"):
         if needed not in schema.names:
             raise ValueError(f"--predictions {name}: shard {shard} has no column {needed!r}, it has {schema.names}")
@@ -97,7 +97,7 @@ def _width(run: Run, name: str, shard: int) -> int | None:
             f"--predictions {name}: logits of shard {shard} are {kind}, expected fixed_size_list<float>[K]"
         )
     # As pandas writes them: lists of one length.
-    first = columns.read(run.uri, group, shard, ["logits"])["logits"].drop_null().slice(0, 1)
+    first = column_groups.read(run.uri, group, shard, ["logits"])["logits"].drop_null().slice(0, 1)
     return len(first[0]) if len(first) else None
 
 
@@ -163,7 +163,7 @@ def shard_outcomes(
     """Ray task: the outcomes of one shard."""
     logits, labels = labelled_logits(predictions, shard, calibrator)
     known = labels >= 0
-    table = columns.join(predictions.run_uri, shard, extras) if extras else None
+    table = column_groups.join(predictions.run_uri, shard, extras) if extras else None
     values = {name: _floats(table[name])[known] for name in extras}
     return outcomes(logits[known], labels[known], values, int((~known).sum()))
 
@@ -209,7 +209,7 @@ def labelled_logits(
 
 def shard_logits(predictions: PredictionSet, shard: int) -> tuple[np.ndarray, np.ndarray]:
     """Finite logits (n, K) of every sample of a shard, and their labels, which may be beyond the classes."""
-    truth = columns.read(predictions.run_uri, columns.EMBEDDINGS, shard, ["row", "label"])
+    truth = column_groups.read(predictions.run_uri, columns.EMBEDDINGS, shard, ["row", "label"])
     found = _read_logits(predictions, shard)
     rows = truth["row"].to_numpy()
     check_rows(f"--predictions {predictions.name}", shard, rows, found["row"].to_numpy())
@@ -220,7 +220,7 @@ def shard_logits(predictions: PredictionSet, shard: int) -> tuple[np.ndarray, np
 
 def _read_logits(predictions: PredictionSet, shard: int) -> pa.Table:
     try:
-        found = columns.read(predictions.run_uri, predictions.group, shard, ["row", "logits"])
+        found = column_groups.read(predictions.run_uri, predictions.group, shard, ["row", "logits"])
     except OSError as error:  # what reading a null of a fixed-size list ends in, too
         raise ValueError(
             f"--predictions {predictions.name}: shard {shard}: cannot be read, its logits are null somewhere or the "

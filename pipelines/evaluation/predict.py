@@ -14,12 +14,13 @@ import torch
 from scipy.special import softmax
 
 from ops.models import Classifier
-from pipelines import columns
 from pipelines.corpus.shards import iter_images
 from pipelines.evaluation.calibrate import calibrator_of, classifier_digest
 from pipelines.evaluation.outcomes import PREDICTIONS, Calibrator, calibrated, predictions_schema
-from pipelines.run import Run, Shard, StageFailed, fingerprint
-from pipelines.tasks import write_shards
+from pipelines.runs import column_groups, columns
+from pipelines.runs.errors import StageFailed
+from pipelines.runs.record import Run, Shard, fingerprint
+from pipelines.runs.tasks import write_shards
 from pipelines.training.decode import PictureDecoder
 
 
@@ -96,7 +97,7 @@ def predict(
     state = None if calibrator is None else calibrator.to_dict()
     sources = [fingerprint(PREDICTIONS, f["source"], digest, state) for f in embedded]
     group = f"{PREDICTIONS}/{name}"
-    items = [(shard, sources[shard], run.shards[shard]) for shard in columns.pending(run.uri, group, sources)]
+    items = [(shard, sources[shard], run.shards[shard]) for shard in column_groups.pending(run.uri, group, sources)]
     shared = (run.uri, group, model, calibrator, forward, facts)
     gpus = 1 if forward.device == "cuda" else 0
     counts = write_shards(f"predict {name}", predict_shard, items, *shared, embedded=embedded, num_gpus=gpus)
@@ -118,11 +119,11 @@ def predict_shard(
     facts: dict,
 ) -> int:
     """Ray task: write one shard's predictions; returns its rows."""
-    base = columns.read(run_uri, columns.EMBEDDINGS, shard, [f.name for f in columns.KEYS] + ["label"])
+    base = column_groups.read(run_uri, columns.EMBEDDINGS, shard, [f.name for f in columns.KEYS] + ["label"])
     logits = shard_forward(shard, entry, run_uri, base["row"].to_numpy(), model, forward)
     logits = calibrated(logits, calibrator).astype(np.float32)
     table = prediction_table(base, logits)
-    columns.write(run_uri, group, shard, table, source, **facts)
+    column_groups.write(run_uri, group, shard, table, source, **facts)
     return table.num_rows
 
 
@@ -163,7 +164,7 @@ def input_batches(
 ) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
     """(rows, batch as the classifier takes it) of a shard's samples, in shard order."""
     if model.input == "embeddings":
-        for batch in columns.iter_batches(run_uri, columns.EMBEDDINGS, shard, ["row", "embedding"], 8192):
+        for batch in column_groups.iter_batches(run_uri, columns.EMBEDDINGS, shard, ["row", "embedding"], 8192):
             vectors = columns.vectors(batch["embedding"]).astype(np.float32)
             yield batch["row"].to_numpy(), torch.from_numpy(vectors)
         return

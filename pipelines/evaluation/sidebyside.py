@@ -7,7 +7,6 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from pipelines import columns, storage
 from pipelines.evaluation import detection, figures
 from pipelines.evaluation.calibrate import (
     MetaTargets,
@@ -18,7 +17,8 @@ from pipelines.evaluation.calibrate import (
 )
 from pipelines.evaluation.evaluate import EVALUATION, Evaluation, Slicing, evaluate, store
 from pipelines.evaluation.outcomes import Calibrator, PredictionSet, open_predictions
-from pipelines.run import Run
+from pipelines.runs import column_groups, storage
+from pipelines.runs.record import Run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,7 +106,7 @@ def _watched(run: Run, trust: str, sets: dict[str, PredictionSet]) -> str:
     if len(sets) == 1:
         return next(iter(sets))
     for name, predictions in sets.items():
-        theirs = columns.facts(run.uri, predictions.group, 0) or {}
+        theirs = column_groups.facts(run.uri, predictions.group, 0) or {}
         if facts.get("checkpoint_digest") and theirs.get("checkpoint_digest") == facts["checkpoint_digest"]:
             return name
     raise ValueError(

@@ -20,13 +20,13 @@ from ops.checks import UndefinedMetricError
 from ops.models import Classifier, ClassifierSpec, build_classifier
 from ops.selective import true_rates
 from ops.trust import TRUST_LOSSES, signed_distance, steep_slope, tcp, trust_cross_entropy, trust_focal
-from pipelines import columns
 from pipelines.evaluation.calibrate import classifier_digest
 from pipelines.evaluation.detection import TRUST, trust_schema
 from pipelines.evaluation.outcomes import PredictionSet, labelled_logits, open_predictions
 from pipelines.evaluation.predict import Forward, check_fits, input_batches, shard_forward
-from pipelines.run import Run, Shard, fingerprint
-from pipelines.tasks import in_order, write_shards
+from pipelines.runs import column_groups, columns
+from pipelines.runs.record import Run, Shard, fingerprint
+from pipelines.runs.tasks import in_order, write_shards
 from pipelines.training.checkpoints import read_classifier
 from pipelines.training.ingest import Loader
 from pipelines.training.source import Source
@@ -143,7 +143,7 @@ def targets(run: Run, model: Classifier, forward: Forward, predictions: str | No
 
 
 def _shard_targets(shard: int, entry: Shard, run_uri: str, model: Classifier, forward: Forward) -> tuple:
-    base = columns.read(run_uri, columns.EMBEDDINGS, shard, ["row", "label"])
+    base = column_groups.read(run_uri, columns.EMBEDDINGS, shard, ["row", "label"])
     rows, labels = base["row"].to_numpy(), columns.labels_or_minus_one(base["label"])
     if len(labels) and labels.max() >= model.num_classes:
         raise ValueError(
@@ -153,7 +153,7 @@ def _shard_targets(shard: int, entry: Shard, run_uri: str, model: Classifier, fo
 
 
 def _stored_targets(shard: int, predictions: PredictionSet) -> tuple:
-    rows = columns.read(predictions.run_uri, columns.EMBEDDINGS, shard, ["row"])["row"].to_numpy()
+    rows = column_groups.read(predictions.run_uri, columns.EMBEDDINGS, shard, ["row"])["row"].to_numpy()
     logits, labels = labelled_logits(predictions, shard)
     return _outcome(rows, labels, logits)
 
@@ -263,7 +263,7 @@ def _held_out_rates(
     forward = Forward(device)
     z = []
     for shard, entry in enumerate(run.shards):
-        rows = columns.read(run.uri, columns.EMBEDDINGS, shard, ["row"])["row"].to_numpy()
+        rows = column_groups.read(run.uri, columns.EMBEDDINGS, shard, ["row"])["row"].to_numpy()
         z.append(oracle_outputs(shard, entry, run.uri, rows, oracle, forward)[np.isin(rows, _rows_of(shard, source))])
     try:
         tpr, tnr = true_rates(np.concatenate(z), correct, 0.0)
@@ -293,10 +293,10 @@ def write_trust_shard(
     shard: int, source: str, entry: Shard, run_uri: str, group: str, oracle: Oracle, forward: Forward, facts: dict
 ) -> int:
     """Ray task: write one shard's trust column; returns its rows."""
-    base = columns.read(run_uri, columns.EMBEDDINGS, shard, [field.name for field in columns.KEYS])
+    base = column_groups.read(run_uri, columns.EMBEDDINGS, shard, [field.name for field in columns.KEYS])
     z = oracle_outputs(shard, entry, run_uri, base["row"].to_numpy(), oracle, forward)
     table = base.append_column("trust", pa.array(z)).append_column("trusted", pa.array(z > 0))
-    columns.write(run_uri, group, shard, table.cast(trust_schema()), source, **facts)
+    column_groups.write(run_uri, group, shard, table.cast(trust_schema()), source, **facts)
     return table.num_rows
 
 
@@ -352,7 +352,7 @@ def trust(
         _predicted(run, predictions),
     )  # fmt: skip
     group, before = f"{TRUST}/{name}", run.stage(f"trust/{name}")
-    pending = any(columns.pending(each.uri, group, _sources(each, recipe)) for each in (run, *evaluated))
+    pending = any(column_groups.pending(each.uri, group, _sources(each, recipe)) for each in (run, *evaluated))
     if before and before["source"] == recipe and not pending:
         return before | {"skipped": True}
     found = targets(run, model, forward, predictions)
@@ -402,7 +402,7 @@ def _check_both(found: Targets) -> None:
 def _predicted(run: Run, predictions: str | None) -> list:
     if predictions is None:
         return []
-    return [f and f["source"] for f in columns.all_facts(run.uri, f"predictions/{predictions}", len(run.shards))]
+    return [f and f["source"] for f in column_groups.all_facts(run.uri, f"predictions/{predictions}", len(run.shards))]
 
 
 def _sources(run: Run, recipe: str) -> list[str]:
@@ -411,7 +411,7 @@ def _sources(run: Run, recipe: str) -> list[str]:
 
 def _write(run: Run, name: str, recipe: str, oracle: Oracle, forward: Forward, facts: dict) -> None:
     group, sources = f"{TRUST}/{name}", _sources(run, recipe)
-    items = [(shard, sources[shard], run.shards[shard]) for shard in columns.pending(run.uri, group, sources)]
+    items = [(shard, sources[shard], run.shards[shard]) for shard in column_groups.pending(run.uri, group, sources)]
     shared, gpus = (run.uri, group, oracle, forward, facts), 1 if forward.device == "cuda" else 0
     embedded = run.embedding_facts()
     write_shards(f"trust {name}", write_trust_shard, items, *shared, embedded=embedded, num_gpus=gpus)

@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import ray
 
-from pipelines import columns, storage
 from pipelines.corpus.shards import BLOCK_BYTES, LabelSource, read_shard
 from pipelines.curation import embed as embedding
 from pipelines.curation import fit as fitting
@@ -25,7 +24,8 @@ from pipelines.curation import select as selecting
 from pipelines.curation.workers import DECODERS, STEPS, Resources
 from pipelines.planning.plan import Measured, StageCost
 from pipelines.report import page as reporting
-from pipelines.run import CorpusConfig, Run, Shard
+from pipelines.runs import columns, storage
+from pipelines.runs.record import CorpusConfig, Run, Shard
 
 MOST_SHARDS = 64  # of the scratch run: repeating shards of a dozen images until they last is minutes of starting tasks
 PARTS = 8  # of the measured time, for the interval

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from scipy.special import stdtrit
 
-from pipelines import columns, storage
-from pipelines.run import Run
+from pipelines.runs import columns, storage
+from pipelines.runs.record import Run
 
 CONFIDENCE = 0.9
 STAGES = ("embed", "fit", "score", "select", "report")

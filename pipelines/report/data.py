@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pipelines import columns
 from pipelines.report.curves import agreement, error_by_difficulty, histogram, outcome, risk_coverage, rounded
 from pipelines.report.pictures import pictures, places
 from pipelines.report.scan import (
@@ -24,7 +23,8 @@ from pipelines.report.scan import (
     shown_class,
 )
 from pipelines.report.words import visible
-from pipelines.run import Run
+from pipelines.runs import column_groups, columns
+from pipelines.runs.record import Run
 from pipelines.summary import quarantine_reasons
 
 AGREEMENT_ROWS = 100_000
@@ -60,7 +60,7 @@ def collect(
     """
     limits = limits or Limits()
     have = available(run, limits)
-    embedded = [facts for facts in columns.all_facts(run.uri, columns.EMBEDDINGS, len(run.shards)) if facts]
+    embedded = [facts for facts in column_groups.all_facts(run.uri, columns.EMBEDDINGS, len(run.shards)) if facts]
     rows, left_out = (sum(facts[name] for facts in embedded) for name in ("rows", "left_out"))
     found = {
         "samples": rows + left_out,

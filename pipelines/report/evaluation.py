@@ -3,9 +3,9 @@
 import json
 from typing import Any
 
-from pipelines import storage
 from pipelines.evaluation.evaluate import EVALUATION
-from pipelines.run import Run
+from pipelines.runs import storage
+from pipelines.runs.record import Run
 
 # (metric, its heading, whether it is a fraction to be shown in percent)
 METRICS = (

@@ -14,12 +14,12 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 from plotly.offline import get_plotlyjs
 
-from pipelines import columns, storage
 from pipelines.report import evaluation, words
 from pipelines.report.data import collect
 from pipelines.report.scan import Limits
-from pipelines.run import Run, fingerprint, library_versions
-from pipelines.summary import column_groups
+from pipelines.runs import column_groups, columns, storage
+from pipelines.runs.record import Run, fingerprint, library_versions
+from pipelines.summary import groups_of
 
 FILE = "report/index.html"
 TEMPLATE = "template"
@@ -74,8 +74,8 @@ def _inputs(run: Run) -> list[Any]:
     """What decides the page: the run's record, the sources of its columns, its evaluations."""
     record = {name: value for name, value in run.record.items() if name != "versions"}
     stages = {name: entry for name, entry in run.record["stages"].items() if name != "report"}
-    groups = [columns.QUARANTINE, *column_groups(run)]
-    facts = {group: columns.all_facts(run.uri, group, len(run.shards)) for group in groups}
+    groups = [columns.QUARANTINE, *groups_of(run)]
+    facts = {group: column_groups.all_facts(run.uri, group, len(run.shards)) for group in groups}
     sources = {group: [fact and fact["source"] for fact in found] for group, found in facts.items()}
     evaluations = [[path, fingerprint(storage.read_bytes(path).decode())] for path in evaluation.files(run)]
     return [record | {"stages": stages}, sources, evaluations]

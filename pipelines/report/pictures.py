@@ -11,8 +11,8 @@ from PIL import Image
 from pipelines.corpus.shards import ShardChanged, read_images
 from pipelines.corpus.tarstream import StorageError
 from pipelines.report.scan import Limits
-from pipelines.run import Run, Shard
-from pipelines.tasks import in_order
+from pipelines.runs.record import Run, Shard
+from pipelines.runs.tasks import in_order
 
 SIZE = 128  # pixels of the longer side; smaller pictures stay as they are
 QUALITY = 80

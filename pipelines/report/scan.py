@@ -12,10 +12,10 @@ from typing import Literal
 import numpy as np
 import pyarrow as pa
 
-from pipelines import columns
-from pipelines.run import Run
-from pipelines.summary import column_groups
-from pipelines.tasks import in_order
+from pipelines.runs import column_groups, columns
+from pipelines.runs.record import Run
+from pipelines.runs.tasks import in_order
+from pipelines.summary import groups_of
 
 NEAREST, MARGIN = "difficulty.nearest_class", "difficulty.margin"
 # What the hardest samples are the hardest by: the first of these that has values.
@@ -137,17 +137,17 @@ def shown_class(table: pa.Table) -> np.ndarray:
 
 def available(run: Run, limits: Limits) -> Available:
     """What the report can show: groups that are whole and made from the embeddings that are there now."""
-    embedded = columns.all_facts(run.uri, columns.EMBEDDINGS, len(run.shards))
+    embedded = column_groups.all_facts(run.uri, columns.EMBEDDINGS, len(run.shards))
     shards = tuple(shard for shard, facts in enumerate(embedded) if facts)
     fields: list[tuple[str, pa.Field]] = []
-    groups, notes = _latest(run, column_groups(run) if shards else [], limits.sets)
+    groups, notes = _latest(run, groups_of(run) if shards else [], limits.sets)
     for group in groups:
-        found = columns.all_facts(run.uri, group, len(run.shards))
+        found = column_groups.all_facts(run.uri, group, len(run.shards))
         why = _unusable([found[shard] for shard in shards], [embedded[shard]["source"] for shard in shards])
         if why:
             notes.append(f"{group}/ {why} and is left out; run its stage again")
         else:
-            fields += [(group, field) for field in columns.schema(run.uri, group, shards[0])]
+            fields += [(group, field) for field in column_groups.schema(run.uri, group, shards[0])]
     floating = [(group, field) for group, field in fields if pa.types.is_floating(field.type)]
     ranks = [f"{group}.{field.name}" for group, field in floating if "percentile_of" in columns.about(field)]
     scores = [_score(*pair) for pair in floating if "percentile_of" not in columns.about(pair[1])]
@@ -222,7 +222,7 @@ def _of_each_class(limits: Limits, num_classes: int) -> int:
 
 def scan(run: Run, have: Available, wanted: Sequence[Pick], limits: Limits) -> Scan:
     """Go once over the columns of every shard, a Ray task each."""
-    facts = columns.all_facts(run.uri, columns.EMBEDDINGS, len(run.shards))
+    facts = column_groups.all_facts(run.uri, columns.EMBEDDINGS, len(run.shards))
     rows = [facts[shard]["rows"] for shard in have.shards]
     steps = [-(-max(1, sum(rows)) // most) for most in (limits.values, limits.points)]
     starts = np.cumsum([0, *rows])[:-1]
@@ -247,7 +247,7 @@ def scan_shard(
     steps: tuple[int, int],
 ) -> Scan:
     """Ray task: what one shard adds; `firsts` are where its evenly spaced rows begin."""
-    table = columns.join(run_uri, shard, [*names, *ranks])
+    table = column_groups.join(run_uri, shard, [*names, *ranks])
     values, points = (table.take(pa.array(np.arange(f, table.num_rows, s))) for f, s in zip(firsts, steps))
     return Scan(
         values.select(["shard", "label", *names]),

@@ -4,8 +4,8 @@ import re
 import textwrap
 from typing import Any
 
-from pipelines.progress import duration
-from pipelines.run import Run
+from pipelines.runs.progress import duration
+from pipelines.runs.record import Run
 
 # They turn around the text after them, ours too: U+202A to U+202E embed and override, U+2066 to U+2069 isolate.
 DIRECTIONS = re.compile("[\u202a-\u202e\u2066-\u2069]")

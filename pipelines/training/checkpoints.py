@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from ops.models import RECORD, WEIGHTS, Classifier, load_classifier, save_classifier, update_extra
-from pipelines import storage
+from pipelines.runs import storage
 
 
 def write_classifier(model: Classifier, uri: str, **extra: Any) -> None:

@@ -18,9 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipelines import columns
 from pipelines.corpus.shards import iter_images
 from pipelines.corpus.tarstream import StorageError
+from pipelines.runs import column_groups, columns
 from pipelines.training.decode import Augmentation, PictureDecoder, ahead
 from pipelines.training.groups import Resampling, scores
 from pipelines.training.source import Source
@@ -106,7 +106,7 @@ def read_slice(source: Source, part: Slice, first_index: int, resampling: Resamp
 
 
 def _read_embeddings(source: Source, shard: int, wanted: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    for batch in columns.iter_batches(source.run_uri, columns.EMBEDDINGS, shard, ["row", "embedding"]):
+    for batch in column_groups.iter_batches(source.run_uri, columns.EMBEDDINGS, shard, ["row", "embedding"]):
         rows = batch["row"].to_numpy()
         keep = np.isin(rows, wanted, assume_unique=True)
         if keep.any():

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from ops.models import Classifier, ClassifierSpec, Head, build_classifier
-from pipelines import storage
-from pipelines.run import StageFailed
+from pipelines.runs import storage
+from pipelines.runs.errors import StageFailed
 from pipelines.training.assess import EvaluationSet, assess
 from pipelines.training.checkpoints import read_state, write_classifier, write_json, write_state
 from pipelines.training.decode import Augmentation

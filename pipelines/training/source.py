@@ -5,8 +5,8 @@ import dataclasses
 import numpy as np
 import pyarrow as pa
 
-from pipelines import columns
-from pipelines.run import Run, Shard
+from pipelines.runs import column_groups
+from pipelines.runs.record import Run, Shard
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Source:
 
     def keys(self, shard: int) -> pa.Table:
         """key, shard, row, label and the columns of a shard's samples, in shard order. Reads no vectors, no images."""
-        table = columns.join(self.run_uri, shard, self.columns)
+        table = column_groups.join(self.run_uri, shard, self.columns)
         keep = table["label"].is_valid().to_numpy(zero_copy_only=False)
         if self.part != "all" and self.holdout:
             held = uniform(self.seed, shard, table["row"].to_numpy()) < self.holdout

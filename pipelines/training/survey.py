@@ -9,8 +9,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from pipelines import columns
-from pipelines.tasks import in_order
+from pipelines.runs import column_groups, columns
+from pipelines.runs.tasks import in_order
 from pipelines.training.groups import GroupRule, Resampling, scores
 from pipelines.training.source import Source
 
@@ -144,7 +144,7 @@ def _moments_of_shard(shard: int, source: Source, width: int) -> tuple[int, np.n
     """Ray task: number, mean and sum of squares around it of one shard's embeddings."""
     wanted = source.keys(shard)["row"].to_numpy()
     count, mean, scatter = 0, np.zeros(width), np.zeros(width)
-    for batch in columns.iter_batches(source.run_uri, columns.EMBEDDINGS, shard, ["row", "embedding"]):
+    for batch in column_groups.iter_batches(source.run_uri, columns.EMBEDDINGS, shard, ["row", "embedding"]):
         keep = np.isin(batch["row"].to_numpy(), wanted, assume_unique=True)
         x = columns.vectors(batch["embedding"])[keep].astype(np.float64)
         if not len(x):

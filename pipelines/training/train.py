@@ -21,11 +21,12 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedErr
 
 from ops.images import decode_image
 from ops.models import ClassifierSpec, build_classifier
-from pipelines import columns, storage
 from pipelines.corpus.shardlist import look_up
 from pipelines.corpus.shards import iter_images
-from pipelines.run import PRODUCTS, Run, StageFailed, fingerprint
-from pipelines.tasks import in_order
+from pipelines.runs import column_groups, columns, storage
+from pipelines.runs.errors import StageFailed
+from pipelines.runs.record import PRODUCTS, Run, fingerprint
+from pipelines.runs.tasks import in_order
 from pipelines.training.assess import EvaluationSet
 from pipelines.training.checkpoints import read_json, read_state
 from pipelines.training.groups import GroupRule, Resampling
@@ -158,7 +159,7 @@ def _check_columns(run: Run, choices: Choices) -> None:
     asked = [("--weights", choices.weights), *((option, rule and rule.column) for option, rule in rules)]
     for option, column in asked:
         if column is not None:
-            columns.check_score(run.uri, len(run.shards), column, option)
+            column_groups.check_score(run.uri, len(run.shards), column, option)
 
 
 def _checked_classes(run: Run, eval_run: Run | None, kind: str) -> list[str]:
@@ -207,7 +208,7 @@ def _spec(run: Run, choices: Choices, classes: list[str]) -> ClassifierSpec:
 def _first_image_size(run: Run) -> int:
     """Shorter side of the run's first usable image, 224 at most."""
     for shard in range(len(run.shards)):
-        rows = columns.read(run.uri, columns.EMBEDDINGS, shard, ["row"])["row"].to_numpy()
+        rows = column_groups.read(run.uri, columns.EMBEDDINGS, shard, ["row"])["row"].to_numpy()
         if not len(rows):
             continue
         for _, images in iter_images(shard, run.shards[shard], rows[:1]):
@@ -292,8 +293,8 @@ def _evaluation(
 
 def _has(run: Run, column: str) -> bool:
     group, name = columns.split_name(column)
-    facts = columns.all_facts(run.uri, group, len(run.shards))
-    return all(facts) and name in columns.schema(run.uri, group).names
+    facts = column_groups.all_facts(run.uri, group, len(run.shards))
+    return all(facts) and name in column_groups.schema(run.uri, group).names
 
 
 def _check_shards_unchanged(run: Run) -> None:
@@ -329,7 +330,7 @@ def _lineage(
 
 
 def _sources(run: Run, group: str) -> list[str]:
-    return [fact["source"] if fact else "" for fact in columns.all_facts(run.uri, group, len(run.shards))]
+    return [fact["source"] if fact else "" for fact in column_groups.all_facts(run.uri, group, len(run.shards))]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -485,11 +486,11 @@ def _write_correctness(
     shard: int, right: np.ndarray, seen: np.ndarray, source: Source, group: str, made_from: str
 ) -> None:
     """Ray task: one shard's file."""
-    table = columns.read(source.run_uri, columns.EMBEDDINGS, shard, ["key", "shard", "row"])
+    table = column_groups.read(source.run_uri, columns.EMBEDDINGS, shard, ["key", "shard", "row"])
     at = np.searchsorted(table["row"].to_numpy(), source.keys(shard)["row"].to_numpy())
     fraction, epochs = np.full(table.num_rows, np.nan, np.float32), np.zeros(table.num_rows, np.int32)
     fraction[at] = right / np.maximum(seen, 1)
     epochs[at] = seen
     table = table.append_column("correctness", pa.array(fraction, mask=epochs == 0))
     table = table.append_column("epochs", pa.array(epochs))
-    columns.write(source.run_uri, group, shard, table.cast(CORRECTNESS_SCHEMA), made_from)
+    column_groups.write(source.run_uri, group, shard, table.cast(CORRECTNESS_SCHEMA), made_from)

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import PurePath
 from typing import Any
 
-from pipelines import storage
+from pipelines.runs import storage
 from pipelines.training.checkpoints import read_json
 
 METRICS = ("accuracy", "ece", "ece_mass", "nll", "worst_group_accuracy")

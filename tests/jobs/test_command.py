@@ -13,7 +13,7 @@ from jobs import hardset
 from jobs.command import Command
 from jobs.options import RunOptions
 from jobs.session import tracked
-from pipelines.run import StageFailed
+from pipelines.runs.errors import StageFailed
 
 ROOT = Path(__file__).parents[2]
 

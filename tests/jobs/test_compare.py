@@ -8,8 +8,8 @@ import pytest
 from scipy.stats import kendalltau
 
 from jobs import compare
-from pipelines import columns
 from pipelines.evaluation import compare as comparing
+from pipelines.runs import column_groups
 from tests.ops.golden import cases
 from tests.pipelines.synthetic import make_run
 
@@ -20,12 +20,12 @@ def write_scores(run, scores, name="hardness", keys=None):
     """A column group `scores` of a run made by `make_run`, in corpus order."""
     start = 0
     for shard in range(len(run.shards)):
-        base = columns.read(run.uri, "embeddings", shard, ["key", "shard", "row"])
+        base = column_groups.read(run.uri, "embeddings", shard, ["key", "shard", "row"])
         part = slice(start, start + len(base))
         if keys is not None:
             base = base.set_column(0, "key", pa.array(keys[part]))
         table = base.append_column(name, pa.array(scores[part], pa.float32()))
-        columns.write(run.uri, "scores", shard, table, "by hand")
+        column_groups.write(run.uri, "scores", shard, table, "by hand")
         start += len(base)
 
 

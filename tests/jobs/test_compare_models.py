@@ -7,7 +7,7 @@ import pyarrow as pa
 import pytest
 
 from jobs import compare, train
-from pipelines import columns
+from pipelines.runs import column_groups
 from pipelines.training import trainings
 from tests.pipelines.synthetic import make_run
 
@@ -18,9 +18,9 @@ def models(tmp_path_factory, ray_session):
     folder = tmp_path_factory.mktemp("compare-models")
     run, _, _ = make_run(folder / "run", (40, 25))
     for shard in range(2):
-        table = columns.read(run.uri, "embeddings", shard, ["key", "shard", "row"])
+        table = column_groups.read(run.uri, "embeddings", shard, ["key", "shard", "row"])
         rmd = np.random.default_rng(shard).normal(size=table.num_rows).astype(np.float32)
-        columns.write(run.uri, "difficulty", shard, table.append_column("rmd", pa.array(rmd)), "by hand")
+        column_groups.write(run.uri, "difficulty", shard, table.append_column("rmd", pa.array(rmd)), "by hand")
     argv = ["--run", run.uri, "--eval-run", run.uri, "--epochs", "2", "--mlflow", "none", "--correctness", "none"]
     argv += ["--loss", "focal", "--loss-params", "gamma=2", "--groups", "difficulty.rmd:0"]
     real = folder / "models" / "focal-0"

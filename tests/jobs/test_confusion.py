@@ -5,8 +5,8 @@ import json
 import pytest
 
 from jobs import confusion
-from pipelines import columns, storage
-from pipelines.run import Run
+from pipelines.runs import column_groups, storage
+from pipelines.runs.record import Run
 from tests.pipelines.synthetic import make_run
 
 pytestmark = pytest.mark.usefixtures("ray_session")
@@ -29,7 +29,7 @@ def test_trains_scores_goes_on_and_does_nothing_twice(tmp_path, capsys):
     assert (first["epochs_trained"], first["confusion"]["rows"], first["scored"]["rows"]) == (4, 100, 30)
     assert [m["seed"] for m in first["members"]] == [0, 1] and all(m["accuracy"] > 0.3 for m in first["members"])
     for uri, rows in ((run.uri, 100), (other.uri, 30)):
-        scores = columns.load(uri, ["confusion.confusion"])["confusion.confusion"].to_numpy()
+        scores = column_groups.load(uri, ["confusion.confusion"])["confusion.confusion"].to_numpy()
         assert len(scores) == rows and 0 <= scores.min() <= scores.max() <= 1.585
     assert Run.open(other.uri).stage("confusion")["trained_on"] == run.uri
 
@@ -89,4 +89,4 @@ def test_small_networks_on_images_go_on_where_they_stopped_and_score_unlabelled_
     status, more = run_job(capsys, *words, "--epochs", 2)
     assert (status, more["epochs_trained"]) == (0, 2)
     assert kept == {uri: storage.read_bytes(uri) for uri in kept}
-    assert columns.read(run.uri, "confusion", 0)["epochs"].to_pylist() == [2] * 150
+    assert column_groups.read(run.uri, "confusion", 0)["epochs"].to_pylist() == [2] * 150

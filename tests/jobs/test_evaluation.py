@@ -12,7 +12,7 @@ from jobs.evaluate import main as evaluate
 from jobs.predict import main as predict
 from jobs.trust import main as trust
 from ops.models import load_classifier, save_classifier
-from pipelines import columns
+from pipelines.runs import column_groups, columns
 from tests.pipelines.classifiers import nearest_mean
 from tests.pipelines.predicted import noisy_logits, replace, write_predictions
 from tests.pipelines.synthetic import make_run
@@ -102,12 +102,15 @@ def test_several_methods_side_by_side_leave_the_checkpoint_alone(corpus, capsys)
 
 def test_out_of_distribution_and_groups(corpus, tmp_path, capsys):
     run, other, _ = corpus
-    from pipelines.run import Run
+    from pipelines.runs.record import Run
 
     for uri in (run, other):
         opened = Run.open(uri)
         labels = np.concatenate(
-            [columns.read(uri, columns.EMBEDDINGS, s, ["label"])["label"].to_numpy() for s in range(len(opened.shards))]
+            [
+                column_groups.read(uri, columns.EMBEDDINGS, s, ["label"])["label"].to_numpy()
+                for s in range(len(opened.shards))
+            ]
         )
         write_predictions(opened, noisy_logits(labels, strength=3.0 if uri == run else 0.0), "n")
     words = [

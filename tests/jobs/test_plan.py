@@ -10,7 +10,7 @@ from jobs.inspect import main as inspect
 from jobs.plan import main as plan
 from jobs.validate import main as validate
 from pipelines.planning.plan import STAGES
-from pipelines.run import Run
+from pipelines.runs.record import Run
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 

@@ -8,8 +8,8 @@ import mlflow
 import pytest
 
 from jobs.report import main as report
-from pipelines import storage
-from pipelines.run import Run
+from pipelines.runs import storage
+from pipelines.runs.record import Run
 from tests.pipelines.reported import make_lacking
 
 pytestmark = pytest.mark.usefixtures("ray_session")

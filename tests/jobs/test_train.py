@@ -13,7 +13,7 @@ import pytest
 
 from jobs import evaluate, predict, train
 from ops.models import load_classifier
-from pipelines import columns
+from pipelines.runs import column_groups
 from pipelines.training.checkpoints import read_classifier
 from tests.jobs.processes import belongs_to, processes
 from tests.pipelines.synthetic import make_run
@@ -28,10 +28,10 @@ def runs(tmp_path_factory):
     for number in range(2):
         run, _, _ = make_run(folder / str(number), (40, 25))
         for shard in range(2):
-            table = columns.read(run.uri, "embeddings", shard, ["key", "shard", "row"])
+            table = column_groups.read(run.uri, "embeddings", shard, ["key", "shard", "row"])
             rmd = np.random.default_rng([number, shard]).normal(size=table.num_rows).astype(np.float32)
             table = table.append_column("rmd", pa.array(rmd)).append_column("weight", pa.array(1 / (1 + np.exp(-rmd))))
-            columns.write(run.uri, "difficulty", shard, table, "by hand")
+            column_groups.write(run.uri, "difficulty", shard, table, "by hand")
         uris.append(run.uri)
     return uris
 
@@ -72,7 +72,7 @@ def test_a_training_from_start_to_end(runs, ray_session, tmp_path, capsys):
     status, _, error = main(capsys, *argv, "--seed", "1")
     assert status == 2 and "seed 0 there, 1 asked for" in error
 
-    table = columns.join(runs[0], 0, ["correctness.correctness", "correctness.epochs"])
+    table = column_groups.join(runs[0], 0, ["correctness.correctness", "correctness.epochs"])
     assert set(table["correctness.epochs"].to_pylist()) == {2}
 
 

@@ -3,14 +3,14 @@
 import numpy as np
 import pyarrow as pa
 
-from pipelines import columns
 from pipelines.curation.fit import fit
 from pipelines.curation.score import Weighting, score
 from pipelines.evaluation.detection import evaluate_trust
 from pipelines.evaluation.evaluate import Slicing, evaluate, store
 from pipelines.evaluation.outcomes import open_predictions
 from pipelines.report.page import report
-from pipelines.run import Run
+from pipelines.runs import column_groups, columns
+from pipelines.runs.record import Run
 from tests.pipelines.predicted import noisy_logits, sharded, write_predictions, write_trust
 from tests.pipelines.synthetic import make_run
 
@@ -20,10 +20,10 @@ SIZES, CLASSES = (70, 0, 130), 4
 
 def rewrite(run, shard, change, **more):
     """Write a shard's embeddings again as `change(table)`, with more facts, under their old source."""
-    facts = columns.facts(run.uri, columns.EMBEDDINGS, shard)
+    facts = column_groups.facts(run.uri, columns.EMBEDDINGS, shard)
     known = {name: value for name, value in facts.items() if name not in ("rows", "source")}
-    table = change(columns.read(run.uri, columns.EMBEDDINGS, shard))
-    columns.write(run.uri, columns.EMBEDDINGS, shard, table, facts["source"], **known | more)
+    table = change(column_groups.read(run.uri, columns.EMBEDDINGS, shard))
+    column_groups.write(run.uri, columns.EMBEDDINGS, shard, table, facts["source"], **known | more)
 
 
 def mislabel(run, labels, share=0.2):
@@ -44,7 +44,7 @@ def quarantine(run, shard, reasons):
         for n, reason in enumerate(reasons)
     ]
     table = pa.Table.from_pylist(entries, schema=columns.QUARANTINE_SCHEMA)
-    columns.write(run.uri, columns.QUARANTINE, shard, table, "by hand")
+    column_groups.write(run.uri, columns.QUARANTINE, shard, table, "by hand")
     rewrite(run, shard, lambda table: table, left_out=len(reasons))
 
 

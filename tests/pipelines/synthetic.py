@@ -7,9 +7,9 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
-from pipelines import columns
 from pipelines.corpus.shards import expand_shards
-from pipelines.run import CorpusConfig, Run
+from pipelines.runs import column_groups, columns
+from pipelines.runs.record import CorpusConfig, Run
 
 
 def picture(value: int, size: int = 8) -> bytes:
@@ -65,7 +65,7 @@ def make_run(folder, sizes=(40, 25, 35), classes=3, dim=6, seed=0, labelled=True
             "size": 0,
             "mtime_ns": 0,
         }
-        columns.write(run.uri, columns.EMBEDDINGS, shard, table, f"by hand {seed} {shard}", **facts)
+        column_groups.write(run.uri, columns.EMBEDDINGS, shard, table, f"by hand {seed} {shard}", **facts)
         start += size
     run.record["classes"] = [str(label) for label in range(classes)] if labelled else []
     run.finish_stage("embed", rows=len(labels), left_out=0, seconds=0.0)

@@ -6,8 +6,8 @@ import pytest
 import webdataset
 from torch.utils.data import DataLoader
 
-from pipelines import columns
 from pipelines.datasets import RunDataset, with_columns
+from pipelines.runs import column_groups
 from tests.pipelines.synthetic import make_run
 
 SIZES = (20, 15)
@@ -17,9 +17,9 @@ SIZES = (20, 15)
 def run(tmp_path_factory):
     """35 samples with score.value = their number; row 4 of shard 0 quarantined."""
     run, features, labels = make_run(tmp_path_factory.mktemp("datasets"), SIZES)
-    table, facts = columns.read(run.uri, "embeddings", 0), columns.facts(run.uri, "embeddings", 0)
+    table, facts = column_groups.read(run.uri, "embeddings", 0), column_groups.facts(run.uri, "embeddings", 0)
     kept = table.filter(pa.array([row != 4 for row in range(20)]))
-    columns.write(run.uri, "embeddings", 0, kept, facts.pop("source"), **facts | {"rows": 19, "left_out": 1})
+    column_groups.write(run.uri, "embeddings", 0, kept, facts.pop("source"), **facts | {"rows": 19, "left_out": 1})
     for shard, first in ((0, 0), (1, 20)):
         numbers = np.arange(first, first + SIZES[shard])
         score = {
@@ -27,7 +27,7 @@ def run(tmp_path_factory):
             "row": list(range(len(numbers))),
             "value": pa.array(numbers, pa.float32()),
         }
-        columns.write(run.uri, "score", shard, pa.table(score), "by hand")
+        column_groups.write(run.uri, "score", shard, pa.table(score), "by hand")
     return run, np.delete(features, 4, axis=0), np.delete(labels, 4)
 
 

@@ -13,9 +13,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from jobs.export import main
-from pipelines import columns, export
+from pipelines import export
 from pipelines.curation import fit, score, select
-from pipelines.run import Run
+from pipelines.runs import column_groups, columns
+from pipelines.runs.record import Run
 from tests.pipelines.predicted import write_predictions
 from tests.pipelines.synthetic import make_run, picture
 
@@ -26,10 +27,13 @@ def scored(tmp_path_factory, ray_session):
     run, features, labels = make_run(tmp_path_factory.mktemp("exported"))
     labels[[3, 50, 99]] = (labels[[3, 50, 99]] + 1) % 3  # mislabelled
     for shard, part in enumerate(np.split(labels, [40, 65])):
-        table, facts = columns.read(run.uri, "embeddings", shard), columns.facts(run.uri, "embeddings", shard)
+        table, facts = (
+            column_groups.read(run.uri, "embeddings", shard),
+            column_groups.facts(run.uri, "embeddings", shard),
+        )
         table = table.set_column(3, columns.LABEL, pa.array(part))
         kept = {name: value for name, value in facts.items() if name not in ("source", "rows")}
-        columns.write(run.uri, "embeddings", shard, table, facts["source"], **kept)
+        column_groups.write(run.uri, "embeddings", shard, table, facts["source"], **kept)
     fit.fit(run, "none")
     score.score(run, score.Weighting())
     select.select(run, select.Rule("difficulty.margin", 10), "suspects", samples_per_shard=5)
@@ -53,7 +57,7 @@ def read(path):
 def test_a_table_is_the_join_of_its_columns(scored, tmp_path, suffix):
     names = ["difficulty.rmd", "predictions/p.confidence"]
     table = read(exported(scored[0], "table", tmp_path / f"t{suffix}", "--columns", *names))
-    expected = columns.load(scored[0].uri, names)
+    expected = column_groups.load(scored[0].uri, names)
     assert table.column_names == expected.column_names == ["key", "shard", "row", "label", *names]
     assert table["key"] == expected["key"]
     np.testing.assert_allclose(table[names[0]].to_numpy(), expected[names[0]].to_numpy(), rtol=1e-6)
@@ -69,7 +73,7 @@ def test_without_columns_a_table_holds_every_score(scored, tmp_path):
 def test_cleanlabs_columns_from_the_margin(scored, tmp_path, capsys):
     table = read(exported(scored[0], "cleanlab", tmp_path / "issues.parquet", "--json"))
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
-    source = columns.load(scored[0].uri, ["difficulty.margin", "difficulty.nearest_class"])
+    source = column_groups.load(scored[0].uri, ["difficulty.margin", "difficulty.nearest_class"])
     margin = source["difficulty.margin"].to_numpy()
     issue, quality = table["is_label_issue"].to_numpy(), table["label_score"].to_numpy()
     assert (issue == (margin > 0)).all() and issue.sum() == result["issues"] > 0

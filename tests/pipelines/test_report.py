@@ -13,7 +13,6 @@ import pytest
 from PIL import Image
 from scipy.stats import kendalltau, spearmanr
 
-from pipelines import columns, storage
 from pipelines.report import page as page_module
 from pipelines.report import words
 from pipelines.report.curves import error_by_difficulty, histogram, wilson
@@ -21,7 +20,8 @@ from pipelines.report.data import collect
 from pipelines.report.page import json_block, report
 from pipelines.report.pictures import pictures
 from pipelines.report.scan import Limits
-from pipelines.run import Run
+from pipelines.runs import column_groups, storage
+from pipelines.runs.record import Run
 from tests.pipelines.predicted import noisy_logits, write_predictions
 from tests.pipelines.reported import CLASSES, HOSTILE
 
@@ -48,7 +48,7 @@ def copied(reported, tmp_path):
 
 
 def table_of(run, *names):
-    return columns.load(run.uri, names)
+    return column_groups.load(run.uri, names)
 
 
 def test_the_page_holds_what_the_columns_hold(made):

@@ -8,12 +8,13 @@ import safetensors.torch
 import torch
 
 from ops.confusion import ConfusionScore
-from pipelines import columns, storage
 from pipelines.confusion import heads
 from pipelines.confusion import score as confusion
 from pipelines.confusion.heads import HeadScorer
 from pipelines.confusion.members import Member, Placement, commit_epoch, find_member, load_epoch, plan_members
-from pipelines.run import Run, StageFailed
+from pipelines.runs import column_groups, columns, storage
+from pipelines.runs.errors import StageFailed
+from pipelines.runs.record import Run
 from tests.pipelines.synthetic import make_run
 
 pytestmark = pytest.mark.usefixtures("ray_session")
@@ -40,7 +41,7 @@ def scored(tmp_path_factory, ray_session):
 
 
 def column(run, name="confusion.confusion"):
-    return columns.load(run.uri, [name])[name].to_numpy()
+    return column_groups.load(run.uri, [name])[name].to_numpy()
 
 
 def naive_entropies(run, members, epochs, features):
@@ -65,7 +66,7 @@ def test_scores_are_those_of_the_whole_array(scored):
     expected = naive_entropies(run, members, 2, features)
     np.testing.assert_allclose(column(run), expected.mean(axis=1), atol=1e-5)
     np.testing.assert_allclose(column(run, "confusion.entropy_std"), expected.std(axis=1), atol=1e-5)
-    table = columns.read(run.uri, "confusion", 1)
+    table = column_groups.read(run.uri, "confusion", 1)
     assert table.schema.names == [
         "key", "shard", "row", "confusion", "epochs", "seeds", "entropy_std", "confusion_percentile",
         "confusion_percentile_in_class",
@@ -120,10 +121,10 @@ def test_percentiles_follow_growth_and_older_scores_are_not_computed_again(score
     shards = grown.record["shards"]
     grown.record["shards"] = shards[:2]
     confusion.score(grown, run, members, 2, HeadScorer, PLAN)
-    young = columns.read(grown.uri, "confusion", 0)["confusion_percentile"]
+    young = column_groups.read(grown.uri, "confusion", 0)["confusion_percentile"]
     grown.record["shards"] = list(shards)
     assert confusion.score(grown, run, members, 2, HeadScorer, PLAN)["shards_done"] == 1
-    assert columns.read(grown.uri, "confusion", 0)["confusion_percentile"] != young
+    assert column_groups.read(grown.uri, "confusion", 0)["confusion_percentile"] != young
     scores = column(grown)
     for label, name in ((None, "confusion_percentile"), (1, "confusion_percentile_in_class")):
         among = labels == label if label is not None else np.ones(len(labels), bool)
@@ -211,7 +212,7 @@ def test_another_training_is_another_member_and_more_shards_train_it_again(tmp_p
     }
     assert len(sources) == 3
     trained(run, seeds=(0,), epochs=1)
-    columns.write(run.uri, "embeddings", 1, columns.read(run.uri, "embeddings", 1), "changed")
+    column_groups.write(run.uri, "embeddings", 1, column_groups.read(run.uri, "embeddings", 1), "changed")
     assert members_of(run, heads.HeadTraining(batch_size=32), [0])[0].epochs == 0
     assert [m.epochs for m in trained(run, seeds=(0,), epochs=1)] == [1]
 
@@ -260,11 +261,11 @@ def test_unknown_heads_are_refused(model):
 
 def test_a_constant_feature_and_one_far_from_zero_are_standardised(tmp_path):
     run, features, _ = make_run(tmp_path, (50,), dim=3)
-    table = columns.read(run.uri, "embeddings", 0)
+    table = column_groups.read(run.uri, "embeddings", 0)
     features[:, 0], features[:, 1] = 7.0, 1e4 + features[:, 1]
     moved = columns.vector_array(features, table["embedding"].type.value_type)
     table = table.set_column(table.schema.get_field_index("embedding"), "embedding", moved)
-    columns.write(run.uri, "embeddings", 0, table, "moved", left_out=0)
+    column_groups.write(run.uri, "embeddings", 0, table, "moved", left_out=0)
     standard = heads.measure(run).standardization
     assert standard.scale[0] == 1
     np.testing.assert_allclose(standard(features).numpy().std(axis=0), [0, 1, 1], atol=1e-3)

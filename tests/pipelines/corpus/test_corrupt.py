@@ -10,7 +10,7 @@ from ops.corruptions import corrupt
 from ops.images import decode_image
 from pipelines.corpus.corrupt import FAMILIES, corrupt_shards, named_kinds, output_names
 from pipelines.corpus.shards import expand_shards
-from pipelines.run import Shard
+from pipelines.runs.record import Shard
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 

@@ -6,7 +6,7 @@ import pytest
 
 from pipelines.corpus import shardlist
 from pipelines.corpus.shards import expand_shards
-from pipelines.run import Shard
+from pipelines.runs.record import Shard
 
 
 @pytest.fixture

@@ -16,7 +16,6 @@ import pytest
 import webdataset
 from fsspec.implementations.local import LocalFileSystem
 
-from pipelines import storage
 from pipelines.corpus import shards
 from pipelines.corpus.samples import LabelSource
 from pipelines.corpus.shards import (
@@ -30,7 +29,8 @@ from pipelines.corpus.shards import (
     write_subset_shard,
 )
 from pipelines.corpus.tarstream import StorageError
-from pipelines.run import Shard
+from pipelines.runs import storage
+from pipelines.runs.record import Shard
 
 CLS = LabelSource("cls")
 

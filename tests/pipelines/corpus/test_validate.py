@@ -4,7 +4,7 @@ import pytest
 
 from pipelines.corpus.shards import expand_shards
 from pipelines.corpus.validate import EXAMPLES, Check, Findings, kind_of, validate_shard
-from pipelines.run import Shard
+from pipelines.runs.record import Shard
 
 
 @pytest.fixture

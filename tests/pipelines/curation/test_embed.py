@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from ops.encoders import load_encoder
-from pipelines import columns
 from pipelines.corpus.shards import SAMPLES
 from pipelines.curation.embedder import EmbedImages
 from pipelines.curation.workers import Resources
-from pipelines.run import CorpusConfig
+from pipelines.runs import columns
+from pipelines.runs.record import CorpusConfig
 
 FACTORY = """
 import torch

@@ -5,10 +5,10 @@ import pyarrow as pa
 import pytest
 
 from ops import ranks
-from pipelines import columns, storage
 from pipelines.corpus.shards import expand_shards
 from pipelines.curation import fit, percentiles, score
-from pipelines.run import Run
+from pipelines.runs import column_groups, columns, storage
+from pipelines.runs.record import Run
 from tests.pipelines.synthetic import make_run
 
 pytestmark = pytest.mark.usefixtures("ray_session")
@@ -18,7 +18,7 @@ NAMES = [f"difficulty.{name}_percentile{among}" for name in ("rmd", "margin") fo
 def scored(run, weighting=None):
     fit.fit(run, "none")
     score.score(run, weighting or score.Weighting())
-    return columns.load(run.uri, ["difficulty.rmd", "difficulty.margin", *NAMES])
+    return column_groups.load(run.uri, ["difficulty.rmd", "difficulty.margin", *NAMES])
 
 
 def shares(scores):
@@ -26,7 +26,7 @@ def shares(scores):
 
 
 def difficulty_files(run):
-    return [storage.read_bytes(run.path(columns.file_name("difficulty", s))) for s in range(len(run.shards))]
+    return [storage.read_bytes(run.path(column_groups.file_name("difficulty", s))) for s in range(len(run.shards))]
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,7 @@ def test_percentiles_are_those_of_sorting_overall_and_within_each_class(one):
 
 
 def test_the_metadata_tells_direction_unit_and_source(one):
-    schema = columns.schema(one[0].uri, "difficulty")
+    schema = column_groups.schema(one[0].uri, "difficulty")
     rmd, percentile = (columns.about(schema.field(name)) for name in ("rmd", "rmd_percentile_in_class"))
     assert rmd["direction"] == "larger = harder" and rmd["source"].endswith("eq. 5") and "squared" in rmd["unit"]
     assert percentile["percentile_of"] == "rmd" and percentile["direction"] == "larger = harder"
@@ -75,13 +75,13 @@ def test_a_lost_file_and_a_stage_that_died_between_are_mended_to_the_same_bytes(
     run = make_run(tmp_path)[0]
     scored(run)
     before = difficulty_files(run)
-    storage.remove_tree(run.path(columns.file_name("difficulty", 1)))
+    storage.remove_tree(run.path(column_groups.file_name("difficulty", 1)))
     assert score.score(Run.open(run.uri), score.Weighting())["shards_done"] == 1
     assert difficulty_files(run) == before
     # Scored but not completed: as after a kill between the two passes.
-    facts = columns.facts(run.uri, "difficulty", 2)
-    table = columns.read(run.uri, "difficulty", 2)
-    columns.write(
+    facts = column_groups.facts(run.uri, "difficulty", 2)
+    table = column_groups.read(run.uri, "difficulty", 2)
+    column_groups.write(
         run.uri, "difficulty", 2, table, facts["scored"], scored=facts["scored"], embeddings=facts["embeddings"]
     )
     assert score.score(Run.open(run.uri), score.Weighting())["shards_done"] == 1
@@ -96,7 +96,7 @@ def test_growth_rewrites_every_percentile_and_equals_a_fresh_run(tmp_path):
     grown.save()
     fit.fit(grown, "none")
     assert score.score(grown, score.Weighting())["rows"] == 65
-    young = columns.read(grown.uri, "difficulty", 0)["rmd_percentile"].to_pylist()
+    young = column_groups.read(grown.uri, "difficulty", 0)["rmd_percentile"].to_pylist()
     listed = expand_shards(str(tmp_path / "grown" / "shards"))
     run = Run.create(grown.uri, grown.config, listed)
     assert run.shards == shards
@@ -111,7 +111,7 @@ def test_another_runs_gaussians_bring_their_reference(one, tmp_path):
     run = make_run(tmp_path / "new", sizes=(10, 20))[0]
     fit.adopt(run, fitted)
     score.score(run, score.Weighting())
-    new = columns.load(run.uri, ["difficulty.rmd", *NAMES])
+    new = column_groups.load(run.uri, ["difficulty.rmd", *NAMES])
     known, values = np.sort(table["difficulty.rmd"].to_numpy()), new["difficulty.rmd"].to_numpy()
     expected = np.searchsorted(known, values, side="right") / len(known)
     np.testing.assert_allclose(new["difficulty.rmd_percentile"].to_numpy(), expected, rtol=1e-6)
@@ -119,7 +119,7 @@ def test_another_runs_gaussians_bring_their_reference(one, tmp_path):
     blind = make_run(tmp_path / "blind", sizes=(10, 20), labelled=False)[0]
     fit.adopt(blind, fitted)
     score.score(blind, score.Weighting())
-    unlabelled = columns.load(blind.uri, NAMES)
+    unlabelled = column_groups.load(blind.uri, NAMES)
     assert unlabelled[NAMES[0]].null_count == 0 and unlabelled[NAMES[1]].null_count == 30
 
 
@@ -129,11 +129,11 @@ def test_a_reference_that_was_never_scored_leaves_percentiles_null_until_it_is(t
     run = make_run(tmp_path / "new", sizes=(10, 20))[0]
     fit.adopt(run, fitted)
     score.score(run, score.Weighting())
-    assert columns.load(run.uri, NAMES)[NAMES[0]].null_count == 30
+    assert column_groups.load(run.uri, NAMES)[NAMES[0]].null_count == 30
     score.score(fitted, score.Weighting())
     fit.adopt(run, Run.open(fitted.uri))
     assert score.score(run, score.Weighting())["shards_done"] == 2
-    assert columns.load(run.uri, NAMES)[NAMES[0]].null_count == 0
+    assert column_groups.load(run.uri, NAMES)[NAMES[0]].null_count == 0
 
 
 def test_without_classes_there_are_none(tmp_path):

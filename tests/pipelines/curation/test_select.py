@@ -11,8 +11,8 @@ import webdataset
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipelines import columns
 from pipelines.curation.select import Rule, select, sortable
+from pipelines.runs import column_groups, columns
 from tests.pipelines.synthetic import make_run, picture
 
 pytestmark = pytest.mark.usefixtures("ray_session")
@@ -23,9 +23,9 @@ def with_scores(folder, values, **options):
     run, _, labels = make_run(folder, **options)
     start = 0
     for shard in range(len(run.shards)):
-        keys = columns.read(run.uri, columns.EMBEDDINGS, shard, ["key", "shard", "row", "label"])
+        keys = column_groups.read(run.uri, columns.EMBEDDINGS, shard, ["key", "shard", "row", "label"])
         part = pa.array(values[start : start + keys.num_rows], pa.float32())
-        columns.write(
+        column_groups.write(
             run.uri, "toy", shard, keys.append_column("score", part), f"toy {hashlib.sha256(values).hexdigest()}"
         )
         start += keys.num_rows

@@ -10,11 +10,12 @@ from scipy.special import softmax
 
 from ops.images import decode_image
 from ops.models import load_classifier, save_classifier
-from pipelines import columns
 from pipelines.evaluation import calibrate
 from pipelines.evaluation.outcomes import open_predictions
 from pipelines.evaluation.predict import Forward, predict
-from pipelines.run import Run, StageFailed
+from pipelines.runs import column_groups, columns
+from pipelines.runs.errors import StageFailed
+from pipelines.runs.record import Run
 from tests.pipelines.classifiers import nearest_mean, small_network
 from tests.pipelines.predicted import replace
 from tests.pipelines.synthetic import make_run, picture
@@ -29,7 +30,7 @@ def made(tmp_path):
 
 
 def logits_of(run, name="p"):
-    tables = [columns.read(run.uri, f"predictions/{name}", shard) for shard in range(len(run.shards))]
+    tables = [column_groups.read(run.uri, f"predictions/{name}", shard) for shard in range(len(run.shards))]
     return np.concatenate([columns.vectors(table["logits"]) for table in tables]), pa.concat_tables(tables)
 
 

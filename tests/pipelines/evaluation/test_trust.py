@@ -9,10 +9,10 @@ import torch
 
 from ops.selective import detection_metrics
 from ops.trust import TRUST_LOSSES
-from pipelines import columns
 from pipelines.evaluation.predict import Forward, predict
 from pipelines.evaluation.trust import OracleTraining, targets, trust
-from pipelines.run import Run
+from pipelines.runs import column_groups
+from pipelines.runs.record import Run
 from tests.pipelines.classifiers import nearest_mean, small_network
 from tests.pipelines.predicted import write_predictions
 from tests.pipelines.synthetic import make_run
@@ -34,7 +34,7 @@ def watched(tmp_path_factory, ray_session):
 
 
 def trust_of(run, name):
-    tables = [columns.read(run.uri, f"trust/{name}", shard) for shard in range(len(run.shards))]
+    tables = [column_groups.read(run.uri, f"trust/{name}", shard) for shard in range(len(run.shards))]
     return pa.concat_tables(tables)
 
 
@@ -72,7 +72,7 @@ def test_the_evaluated_run_does_not_touch_the_training(watched):
     trust(run, model, "both", QUICK, [other])
     assert trust_of(run, "alone")["trust"].equals(trust_of(run, "both")["trust"])
     assert trust_of(other, "both").num_rows == 40
-    assert columns.facts(other.uri, "trust/both", 0)["trained_on"] == run.uri
+    assert column_groups.facts(other.uri, "trust/both", 0)["trained_on"] == run.uri
 
 
 def test_again_nothing_is_redone(watched):

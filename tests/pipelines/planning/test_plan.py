@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from pipelines import columns, storage
 from pipelines.corpus.shards import expand_shards
 from pipelines.curation.workers import STEPS, Resources
 from pipelines.planning import plan
 from pipelines.planning.measure import MOST_SHARDS, Probe, _parts, _repeats
 from pipelines.planning.plan import Measured, StageCost
-from pipelines.run import CorpusConfig, Shard
+from pipelines.runs import columns, storage
+from pipelines.runs.record import CorpusConfig, Shard
 from tests.pipelines.synthetic import make_run, write_shards
 
 MEASURED = Measured(

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from pipelines import columns
+from pipelines.runs import column_groups
 from pipelines.training.decode import Augmentation, PictureDecoder, ahead
 from pipelines.training.groups import GroupRule, Resampling
 from pipelines.training.ingest import Loader, share_of
@@ -24,16 +24,16 @@ SIZES = (40, 25, 35)
 def run(tmp_path_factory):
     """A run of 100 samples with score/ = (value: its number, rmd) and shard 1's rows 3 and 7 quarantined."""
     run, features, labels = make_run(tmp_path_factory.mktemp("ingest"), SIZES)
-    table = columns.read(run.uri, "embeddings", 1)
-    facts = columns.facts(run.uri, "embeddings", 1)
+    table = column_groups.read(run.uri, "embeddings", 1)
+    facts = column_groups.facts(run.uri, "embeddings", 1)
     kept = table.filter(pa.array([row not in (3, 7) for row in range(25)]))
-    columns.write(run.uri, "embeddings", 1, kept, facts.pop("source"), **facts | {"rows": 23, "left_out": 2})
+    column_groups.write(run.uri, "embeddings", 1, kept, facts.pop("source"), **facts | {"rows": 23, "left_out": 2})
     first = 0
     for shard, size in enumerate(SIZES):
         numbers = np.arange(first, first + size)
         keys = {"key": [f"s{n:06d}" for n in numbers], "shard": [shard] * size, "row": list(range(size))}
         score = keys | {"value": pa.array(numbers, pa.float32())}
-        columns.write(run.uri, "score", shard, pa.table(score), "by hand")
+        column_groups.write(run.uri, "score", shard, pa.table(score), "by hand")
         first += size
     return run, np.delete(features, [43, 47], axis=0), np.delete(labels, [43, 47])
 
@@ -153,9 +153,9 @@ def test_what_cannot_be_trained_on_is_said_before(run, ray_session):
     for column, problem in (("score.nothing", "no column 'nothing'"), ("absent.x", "no absent/")):
         with pytest.raises(ValueError, match=problem):
             survey(Source.of(run[0], input="embeddings", columns=(column,)), 3)
-    columns.write(run[0].uri, "partial", 0, columns.read(run[0].uri, "score", 0).slice(0, 30), "x")
-    columns.write(run[0].uri, "partial", 1, columns.read(run[0].uri, "score", 1), "x")
-    columns.write(run[0].uri, "partial", 2, columns.read(run[0].uri, "score", 2), "x")
+    column_groups.write(run[0].uri, "partial", 0, column_groups.read(run[0].uri, "score", 0).slice(0, 30), "x")
+    column_groups.write(run[0].uri, "partial", 1, column_groups.read(run[0].uri, "score", 1), "x")
+    column_groups.write(run[0].uri, "partial", 2, column_groups.read(run[0].uri, "score", 2), "x")
     with pytest.raises(ValueError, match="10 of 98 samples"):
         survey(Source.of(run[0], input="embeddings", columns=("partial.value",)), 3)
 

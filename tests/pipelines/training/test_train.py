@@ -9,8 +9,8 @@ import torch
 
 from ops.losses import LOSSES
 from ops.models import load_classifier
-from pipelines import columns
-from pipelines.run import StageFailed
+from pipelines.runs import column_groups
+from pipelines.runs.errors import StageFailed
 from pipelines.training.checkpoints import read_classifier
 from pipelines.training.groups import GroupRule
 from pipelines.training.loop import Recipe, lr_factor, train_classifier
@@ -29,10 +29,10 @@ def runs(tmp_path_factory):
     for number in range(2):
         run, _, _ = make_run(folder / str(number), (40, 25, 35), seed=0)
         for shard in range(3):
-            table = columns.read(run.uri, "embeddings", shard, ["key", "shard", "row"])
+            table = column_groups.read(run.uri, "embeddings", shard, ["key", "shard", "row"])
             rmd = np.random.default_rng([number, shard]).normal(size=table.num_rows).astype(np.float32)
             table = table.append_column("rmd", pa.array(rmd)).append_column("weight", pa.array(1 / (1 + np.exp(-rmd))))
-            columns.write(run.uri, "difficulty", shard, table, "by hand")
+            column_groups.write(run.uri, "difficulty", shard, table, "by hand")
         made.append(run)
     return made
 
@@ -158,7 +158,7 @@ def test_correctness_is_the_frequency_of_being_right(plans, runs):
     result = train_classifier(plan)
     write_correctness(runs[0], plan, result["history"])
     table = pa.concat_tables(
-        [columns.join(runs[0].uri, s, ["correctness.correctness", "correctness.epochs"]) for s in range(3)]
+        [column_groups.join(runs[0].uri, s, ["correctness.correctness", "correctness.epochs"]) for s in range(3)]
     )
     seen = table["correctness.epochs"].to_numpy()
     assert (

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from pipelines.run import CorpusConfig, Run, Shard, fingerprint, fingerprints
+from pipelines.runs.record import CorpusConfig, Run, Shard, fingerprint, fingerprints
 
 CONFIG = CorpusConfig(encoder="pixels:8", encoder_fingerprint="abc", width=64)
 SHARDS = [Shard(f"s3://b/{i}.tar", 100 + i, 5) for i in range(3)]

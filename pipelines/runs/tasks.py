@@ -14,8 +14,8 @@ import ray
 from ray.data import ActorPoolStrategy
 from ray.util.annotations import RayDeprecationWarning
 
-from pipelines.progress import Progress
-from pipelines.run import StageFailed
+from pipelines.runs.errors import StageFailed
+from pipelines.runs.progress import Progress
 
 WINDOW = 4  # tasks in flight per core: enough to hide scheduling, few enough to bound what waits in memory
 PARTS = 1024  # sums that come to the driver: at d = 768 each is 4.7 MB and takes it some 5 ms

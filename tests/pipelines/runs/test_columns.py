@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipelines import columns
+from pipelines.runs import column_groups
 from tests.pipelines.synthetic import make_run
 
 TABLE = pa.table({"row": pa.array([0, 1], pa.int64()), "md": pa.array([0.5, 1.5], pa.float32())})
@@ -24,14 +24,14 @@ def group(tmp_path):
     """group(shard, source): write a file of the group `g`; returns its path."""
 
     def write(shard, source):
-        columns.write(str(tmp_path), "g", shard, TABLE, source)
-        return tmp_path / columns.file_name("g", shard)
+        column_groups.write(str(tmp_path), "g", shard, TABLE, source)
+        return tmp_path / column_groups.file_name("g", shard)
 
     return write
 
 
 def sources(tmp_path, count=3):
-    return [found and found["source"] for found in columns.all_facts(str(tmp_path), "g", count)]
+    return [found and found["source"] for found in column_groups.all_facts(str(tmp_path), "g", count)]
 
 
 def test_all_facts_are_those_of_each_file(tmp_path, group):
@@ -40,7 +40,7 @@ def test_all_facts_are_those_of_each_file(tmp_path, group):
     age(group(2, "c"))
     group(3, "not asked for")
     assert sources(tmp_path) == ["a", None, "c"] == sources(tmp_path)
-    assert columns.all_facts(str(tmp_path), "g", 1) == [columns.facts(str(tmp_path), "g", 0)]
+    assert column_groups.all_facts(str(tmp_path), "g", 1) == [column_groups.facts(str(tmp_path), "g", 0)]
 
 
 def test_a_file_that_was_replaced_is_read_again(tmp_path, group):
@@ -64,7 +64,7 @@ def test_a_young_file_is_not_trusted(tmp_path, group):
 def test_a_settled_file_is_read_once(tmp_path, group, monkeypatch):
     age(group(0, "a"))
     sources(tmp_path)
-    monkeypatch.setattr(columns, "_footer", lambda *_: pytest.fail("read again"))
+    monkeypatch.setattr(column_groups, "_footer", lambda *_: pytest.fail("read again"))
     assert sources(tmp_path)[0] == "a"
 
 
@@ -84,11 +84,15 @@ def test_only_what_repeats_is_written_with_a_dictionary(tmp_path, group):
 def test_a_group_whose_shard_was_embedded_again_is_refused_whoever_wrote_it(tmp_path):
     run, _, _ = make_run(tmp_path, (5, 4))
     for shard, rows in enumerate((5, 4)):
-        keys = columns.read(run.uri, "embeddings", shard, ["key", "shard", "row"])
-        columns.write(run.uri, "trust/t", shard, keys.append_column("trust", pa.array(np.zeros(rows, np.float32))), "x")
-    columns.check_group_fresh("trust/t", run.embedding_facts(), run.uri)
-    columns.write(run.uri, "embeddings", 1, columns.read(run.uri, "embeddings", 1), "other bytes", left_out=0)
+        keys = column_groups.read(run.uri, "embeddings", shard, ["key", "shard", "row"])
+        column_groups.write(
+            run.uri, "trust/t", shard, keys.append_column("trust", pa.array(np.zeros(rows, np.float32))), "x"
+        )
+    column_groups.check_group_fresh("trust/t", run.embedding_facts(), run.uri)
+    column_groups.write(
+        run.uri, "embeddings", 1, column_groups.read(run.uri, "embeddings", 1), "other bytes", left_out=0
+    )
     with pytest.raises(ValueError, match=r"trust/t/: shard 1 was embedded again since; run hardset trust first"):
-        columns.check_group_fresh("trust/t", run.embedding_facts(), run.uri)
+        column_groups.check_group_fresh("trust/t", run.embedding_facts(), run.uri)
     with pytest.raises(ValueError, match="shard 1 was embedded again"):
-        columns.join(run.uri, 1, ["trust/t.trust"])
+        column_groups.join(run.uri, 1, ["trust/t.trust"])

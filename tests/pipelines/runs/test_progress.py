@@ -2,7 +2,7 @@
 
 import pytest
 
-from pipelines.progress import QUIET_S, Progress, bottleneck, duration
+from pipelines.runs.progress import QUIET_S, Progress, bottleneck, duration
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import operator
 
 import pytest
 
-from pipelines.tasks import in_order, merged_parts
+from pipelines.runs.tasks import in_order, merged_parts
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
-from pipelines import columns, storage
+from pipelines.runs import column_groups, columns, storage
 
 RECORD = "run.json"
 # What --overwrite removes: only what stages write, never a folder that merely happens to lie there.
@@ -21,10 +21,6 @@ PRODUCTS = (
     "predictions", "trust", "percentiles", "subsets", "report", "evaluation", "models", ".parts",
 )  # fmt: skip
 LIBRARIES = ("hardset", "ray", "torch", "torchvision", "numpy", "pyarrow", "open_clip_torch", "timm", "webdataset")
-
-
-class StageFailed(RuntimeError):
-    """A stage could not end well; the message says what failed and what is kept. Exit status 1."""
 
 
 def fingerprint(*parts: Any) -> str:
@@ -239,7 +235,7 @@ class Run:
 
     def embedding_facts(self) -> list[dict[str, Any]]:
         """What each shard's embeddings file says of itself. ValueError if a shard has none yet."""
-        found = columns.all_facts(self.uri, columns.EMBEDDINGS, len(self.shards))
+        found = column_groups.all_facts(self.uri, columns.EMBEDDINGS, len(self.shards))
         pending = sum(facts is None for facts in found)
         if pending:
             raise ValueError(

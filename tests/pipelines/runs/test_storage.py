@@ -8,7 +8,7 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 import pytest
 
-from pipelines import storage
+from pipelines.runs import storage
 
 
 @pytest.fixture(params=["local", "s3", "memory"])
