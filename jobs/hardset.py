@@ -14,6 +14,7 @@ COMMANDS = (
     "fit",
     "score",
     "select",
+    "decide",
     "report",
     "inspect",
     "export",

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 import pyarrow as pa
 
-EMBEDDINGS, DIFFICULTY, QUARANTINE = "embeddings", "difficulty", "quarantine"
+EMBEDDINGS, DIFFICULTY, QUARANTINE, DECISIONS = "embeddings", "difficulty", "quarantine", "decisions"
 
 KEYS = (pa.field("key", pa.string()), pa.field("shard", pa.int32()), pa.field("row", pa.int64()))
 
@@ -141,6 +141,22 @@ QUARANTINE_SCHEMA = pa.schema(
         pa.field("member", pa.string()),
         pa.field("stage", pa.string()),
         pa.field("reason", pa.string()),
+    ]
+)
+
+
+DECISIONS_SCHEMA = pa.schema(
+    [
+        *KEYS,
+        pa.field(
+            "decision", pa.string(), metadata={"meaning": "keep, relabel or drop; the last one of a sample counts"}
+        ),
+        pa.field("label", pa.int64(), metadata={"meaning": "the right label; for drop the label of before"}),
+        pa.field("by", pa.string(), metadata={"meaning": "who decided"}),
+        pa.field("when", pa.timestamp("us", tz="UTC")),
+        pa.field(
+            "source", pa.string(), metadata={"meaning": "the file, its digest, and the time at which it was read"}
+        ),
     ]
 )
 
