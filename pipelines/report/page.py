@@ -48,7 +48,7 @@ def report(run: Run, class_names: Sequence[str] = (), limits: Limits | None = No
         If there are fewer names than classes.
     """
     limits = limits or Limits()
-    made_by = [library_versions()["hardset"], str(limits), *(_asset(name) for name in ASSETS)]
+    made_by = [library_versions()["hardset"], str(limits), *(asset(name) for name in ASSETS)]
     source = fingerprint("report", _inputs(run), list(class_names), made_by)
     before, path = run.stage("report"), run.path(*FILE.split("/"))
     if before and before["source"] == source and storage.exists(path):
@@ -103,9 +103,9 @@ def render(run: Run, found: dict[str, Any], evaluations: list[dict[str, Any]]) -
         sections=sections(found, bool(tables["metrics"]["rows"])),
         made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         data=Markup(json_block(found["data"])),
-        css=Markup(_asset("page.css")),
-        script=Markup(_asset("page.js")),
-        charts=Markup(_asset("charts.js")),
+        css=Markup(asset("page.css")),
+        script=Markup(asset("page.js")),
+        charts=Markup(asset("charts.js")),
         plotly=packed(get_plotlyjs()),
     )
 
@@ -150,5 +150,6 @@ def breakable(text: str) -> Markup:
     return Markup(re.sub(r"(?<=/)(?=[^/])", "<wbr>", escape(text)))
 
 
-def _asset(name: str) -> str:
+def asset(name: str) -> str:
+    """The text of a file of the template folder."""
     return importlib.resources.files(__package__).joinpath(TEMPLATE, name).read_text(encoding="utf-8")

@@ -19,7 +19,7 @@ QUALITY = 80
 Place = tuple[int, int]  # shard and row
 
 
-def pictures(run: Run, wanted: Iterable[Place], limits: Limits) -> tuple[dict[Place, str], list[str]]:
+def pictures(run: Run, wanted: Iterable[Place], limits: Limits, size: int = SIZE) -> tuple[dict[Place, str], list[str]]:
     """Thumbnails of samples, the most wanted first.
 
     Parameters
@@ -30,6 +30,8 @@ def pictures(run: Run, wanted: Iterable[Place], limits: Limits) -> tuple[dict[Pl
     limits : Limits
         At most `pictures` of them and `picture_chars` of base64, from the shards of the most wanted ones up to
         `read_bytes` in all.
+    size : int
+        Pixels of the longer side at most; smaller pictures stay as they are.
 
     Returns
     -------
@@ -43,7 +45,7 @@ def pictures(run: Run, wanted: Iterable[Place], limits: Limits) -> tuple[dict[Pl
     items = [(run.shards[shard], shard, tuple(sorted(rows))) for shard, rows in sorted(by_shard.items())]
     found: dict[Place, str] = {}
     notes = []
-    for part, problem in in_order(_shard_thumbnails, items, run.config.max_pixels):
+    for part, problem in in_order(_shard_thumbnails, items, run.config.max_pixels, size):
         found |= part
         notes += [problem] if problem else []
     return _fitting({place: found[place] for place in wanted if place in found}, limits.picture_chars), notes
@@ -73,7 +75,7 @@ def _affordable(run: Run, wanted: Iterable[Place], limits: Limits) -> dict[int, 
 
 
 def _shard_thumbnails(
-    shard: Shard, position: int, rows: Sequence[int], max_pixels: int
+    shard: Shard, position: int, rows: Sequence[int], max_pixels: int, size: int
 ) -> tuple[dict[Place, str], str | None]:
     """Ray task: thumbnails of some rows of a shard, and what was wrong with it."""
     try:
@@ -82,7 +84,7 @@ def _shard_thumbnails(
         return {}, str(error)
     except StorageError as error:
         return {}, f"{error}; its samples have no picture here"
-    found = {(position, row): thumbnail(image, max_pixels) for row, image in images}
+    found = {(position, row): thumbnail(image, max_pixels, size) for row, image in images}
     return {place: picture for place, picture in found.items() if picture}, None
 
 

@@ -15,7 +15,7 @@ import pytest
 from jobs.export import main
 from pipelines import export
 from pipelines.curation import fit, score, select
-from pipelines.runs import column_groups, columns
+from pipelines.runs import column_groups, columns, storage
 from pipelines.runs.record import Run
 from tests.pipelines.predicted import write_predictions
 from tests.pipelines.synthetic import make_run, picture
@@ -188,5 +188,5 @@ def test_mistakes_are_status_2_in_one_line_and_leave_nothing(scored, tmp_path, c
 
 def test_to_and_from_an_object_store(scored, s3_folder, tmp_path):
     exported(scored[0], "npy", f"{s3_folder}/arrays")
-    filesystem, path = columns.storage.open_filesystem(f"{s3_folder}/arrays/embeddings.npy")
+    filesystem, path = storage.open_filesystem(f"{s3_folder}/arrays/embeddings.npy")
     assert np.array_equal(np.load(io.BytesIO(filesystem.open_input_stream(path).read())), scored[1])
