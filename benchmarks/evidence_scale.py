@@ -164,7 +164,7 @@ def dataset(folder: Path, count: int) -> dict:
     """A Ray dataset with a read task per shard: what the driver pays for each, for 1,000 and for 5,000 shards."""
     import ray
 
-    from pipelines.corpus.shards import ShardSource
+    from pipelines.corpus.datasource import ShardSource
 
     ray_here()
 

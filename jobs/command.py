@@ -81,8 +81,6 @@ class Command:
             parser.error(str(error))
 
     def _run(self, options: list[Any]) -> int:
-        from ray.exceptions import RayError
-
         from pipelines.runs.errors import StageFailed
 
         try:
@@ -95,7 +93,7 @@ class Command:
                 return self._fail(1, str(cause))
             if isinstance(cause, ValueError) and type(cause) not in BUGS and not os.environ.get("HARDSET_TRACEBACK"):
                 return self._fail(2, f"error: {cause}")
-            if isinstance(cause, OSError | RayError) and not os.environ.get("HARDSET_TRACEBACK"):
+            if isinstance(cause, (OSError, *_ray_errors("RayError"))) and not os.environ.get("HARDSET_TRACEBACK"):
                 return self._fail(1, f"{type(cause).__name__}: {cause}; finished shards are kept")
             raise
         if any(getattr(group, "json", False) for group in options):
@@ -168,11 +166,15 @@ def _dashed(word: str) -> str:
 
 def _root_cause(error: BaseException) -> BaseException:
     """The error that a task or an actor met, out of the wrappers that Ray puts around it."""
-    from ray.exceptions import RayTaskError
-
-    while isinstance(error, RayTaskError) and error.cause is not None:
+    while isinstance(error, _ray_errors("RayTaskError")) and error.cause is not None:
         error = error.cause
     return error
+
+
+def _ray_errors(name: str) -> tuple[type[BaseException], ...]:
+    """That type of Ray's exceptions; none where Ray was never imported, and so raised nothing."""
+    exceptions = sys.modules.get("ray.exceptions")
+    return () if exceptions is None else (getattr(exceptions, name),)
 
 
 def _plain(value: Any) -> Any:

@@ -39,19 +39,19 @@ class PlanOptions:
 def plan(session: SessionOptions, asked: PlanOptions, corpus: CorpusOptions, workers: WorkerOptions) -> dict[str, Any]:
     """Measure, project, tell."""
     started = time.monotonic()
-    import ray
-
     from jobs import stages
     from pipelines.corpus.shardlist import evenly
     from pipelines.planning.measure import measure
     from pipelines.planning.plan import project, store
+    from pipelines.runs import cluster
 
     if asked.gpus is not None:
         workers = dataclasses.replace(workers, device="cuda", workers=asked.gpus)
     run, config, shards = _corpus(asked, corpus)
     with ray_session(session):
+        cluster.connect()
         session_s = time.monotonic() - started + _tracking_s()
-        if asked.gpus is not None and not ray.cluster_resources().get("GPU"):
+        if asked.gpus is not None and not cluster.capacity().gpus:
             raise ValueError(
                 f"--gpus {asked.gpus}: Ray has no GPU here to measure on; plan where there is one, "
                 "or leave --gpus out for a plan on CPU cores"
@@ -61,7 +61,7 @@ def plan(session: SessionOptions, asked: PlanOptions, corpus: CorpusOptions, wor
         resources = stages.resources(dataclasses.replace(workers, workers=here))
         picked = [shards[place] for place in evenly(len(shards), asked.measure)]
         say(f"plan: measuring {len(picked)} of {len(shards)} shards, {resources.workers} workers on {resources.device}")
-        with _scratch(run, len(ray.nodes())) as scratch:
+        with _scratch(run, cluster.capacity().nodes) as scratch:
             measured = measure(picked, config, resources, scratch, session_s, asked.seconds)
     samples = None if asked.samples is None else round(asked.samples)
     found = project(measured, len(shards), sum(s.size for s in shards), samples, workers.workers)

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from jobs.options import RunOptions, SessionOptions
+from pipelines.runs import cluster
 
 # Read when Ray is imported, which therefore happens inside the functions below.
 RAY_SETTINGS = {
@@ -30,24 +31,22 @@ for name, value in (RAY_SETTINGS | MLFLOW_SETTINGS).items():
 
 @contextlib.contextmanager
 def ray_session(options: SessionOptions) -> Iterator[None]:
-    """A connection to Ray: the one that is there, the cluster asked for, or a local one that ends with the command."""
-    import ray
-
-    if ray.is_initialized():
-        yield
-        return
+    """How to connect to Ray, should a stage need it: the cluster asked for, or a local one that ends with the command."""
     address = os.environ.get("RAY_ADDRESS", "local") if options.ray_address == "auto" else options.ray_address
-    own = {"num_cpus": options.ray_cpus, "include_dashboard": False} if address == "local" else {}
-    try:
-        start_ray(address=address, **own)
-    except ConnectionError as error:
-        raise ValueError(f"--ray-address {address}: no Ray there ({error})") from None
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    try:
+    cpus = (options.ray_cpus or cluster.cores()) if address == "local" else None
+
+    def start() -> None:
+        own = {"num_cpus": cpus, "include_dashboard": False} if address == "local" else {}
+        try:
+            start_ray(address=address, **own)
+        except ConnectionError as error:
+            raise ValueError(f"--ray-address {address}: no Ray there ({error})") from None
+        import ray
+
+        ray.data.DataContext.get_current().enable_progress_bars = False
+
+    with cluster.session(start, cpus):
         yield
-    finally:
-        ray.shutdown()
 
 
 def start_ray(tries: int = 3, **options: Any) -> None:

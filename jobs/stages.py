@@ -5,8 +5,6 @@ import importlib.util
 from collections.abc import Sequence
 from typing import Any
 
-import ray
-
 from jobs.command import say
 from jobs.options import CorpusOptions, GaussianOptions, RunOptions, SelectOptions, WeightOptions, WorkerOptions
 from jobs.session import Tracker
@@ -16,7 +14,7 @@ from pipelines.curation import fit as fitting
 from pipelines.curation import score as scoring
 from pipelines.curation import select as selecting
 from pipelines.curation.workers import Resources
-from pipelines.runs import columns, storage
+from pipelines.runs import cluster, columns, storage
 from pipelines.runs.progress import bottleneck, duration
 from pipelines.runs.record import CorpusConfig, Run
 
@@ -86,9 +84,8 @@ def resources(workers: WorkerOptions) -> Resources:
 
     `--device cuda` is taken at its word on a cluster, whose GPUs may only come once work waits for them.
     """
-    cluster = ray.cluster_resources()
-    gpus, cpus = int(cluster.get("GPU", 0)), cluster.get("CPU", 0)
-    alone = len(ray.nodes()) == 1 and cpus > 0  # not the empty head of an autoscaling cluster
+    cpus, gpus, nodes = cluster.capacity()
+    alone = nodes == 1 and cpus > 0  # not the empty head of an autoscaling cluster
     if workers.device == "cuda" and not gpus and alone:
         raise ValueError("--device cuda: Ray knows no GPU here; take --device cpu, or a cluster with GPUs")
     device = "cuda" if workers.device == "cuda" or (gpus and workers.device == "auto") else "cpu"

@@ -13,12 +13,11 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import ray
 import torch
 
 from ops.head_ensemble import HeadEnsemble, HeadEntropies
 from pipelines.confusion.members import Member, Placement, commit_epoch, load_epoch, load_resume, train_members
-from pipelines.runs import column_groups, columns
+from pipelines.runs import cluster, column_groups, columns
 from pipelines.runs.record import Run
 from pipelines.training.source import Source
 from pipelines.training.survey import Survey, check_trainable, moments, survey
@@ -238,11 +237,12 @@ def _resume(run_uri: str, members: Sequence[Member], ensemble: HeadEnsemble, opt
 def train(run: Run, members: list[Member], training: HeadTraining, epochs: int, place: Placement) -> list[Member]:
     """Train what of `members` is not trained up to `epochs`, split over Ray tasks; as `train_members` says."""
     corpus = measure(run)
-    task = ray.remote(train_heads).options(
-        num_cpus=1, num_gpus=1 if place.device == "cuda" else 0, max_retries=0, num_returns="streaming"
-    )
 
-    def start(pending: list[Member]) -> list[ray.ObjectRefGenerator]:
+    def start(pending: list[Member]) -> list[Any]:
+        ray = cluster.connect()
+        task = ray.remote(train_heads).options(
+            num_cpus=1, num_gpus=1 if place.device == "cuda" else 0, max_retries=0, num_returns="streaming"
+        )
         shared = ray.put(corpus)
         groups = _groups(pending, place.workers)
         return [task.remote(group, run.uri, shared, training, epochs, place.device) for group in groups]

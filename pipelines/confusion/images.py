@@ -11,14 +11,13 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import ray
 import torch
 
 from ops.confusion import epoch_entropies
 from ops.models import Classifier, build_classifier
 from pipelines.confusion.members import Member, Placement, commit_epoch, load_epoch, train_members
 from pipelines.evaluation.predict import Forward, input_batches
-from pipelines.runs import column_groups, columns, storage
+from pipelines.runs import cluster, column_groups, columns, storage
 from pipelines.runs.errors import StageFailed
 from pipelines.runs.record import Run
 from pipelines.training.checkpoints import read_classifier
@@ -107,11 +106,13 @@ def train(run: Run, members: list[Member], training: ImageTraining, epochs: int,
     ValueError
         For a run that cannot be trained on, or a model that does not exist.
     """
-    task = ray.remote(train_network).options(
-        num_cpus=1, num_gpus=1 if place.device == "cuda" else 0, max_retries=0, num_returns="streaming"
-    )
 
-    def start(pending: list[Member]) -> list[ray.ObjectRefGenerator]:
+    def start(pending: list[Member]) -> list[Any]:
+        task = (
+            cluster.connect()
+            .remote(train_network)
+            .options(num_cpus=1, num_gpus=1 if place.device == "cuda" else 0, max_retries=0, num_returns="streaming")
+        )
         plans = [plan_network(run, member, training, epochs) for member in pending]
         return [task.remote(member, plan, run.uri, place.device) for member, plan in zip(pending, plans)]
 

@@ -16,11 +16,10 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import ray
 import safetensors.torch
 import torch
 
-from pipelines.runs import storage
+from pipelines.runs import cluster, storage
 from pipelines.runs.errors import StageFailed
 from pipelines.runs.record import Run, fingerprint
 
@@ -81,7 +80,7 @@ def plan_members(run: Run, form: str, identity: Sequence[Any], seeds: Sequence[i
 
 
 def train_members(
-    run: Run, members: Sequence[Member], epochs: int, start: Callable[[list[Member]], list[ray.ObjectRefGenerator]]
+    run: Run, members: Sequence[Member], epochs: int, start: Callable[[list[Member]], list[Any]]
 ) -> list[Member]:
     """Train what of `members` is not trained up to `epochs`; the members in their order.
 
@@ -98,21 +97,27 @@ def train_members(
     known = {m.seed: m for m in members}
     for _ in range(TRIES):
         pending = [m for m in known.values() if m.epochs < epochs]
+        if not pending:
+            break
+        ray = cluster.connect()
         for member in pending:
             if not member.epochs:  # what lies there was made from something else
                 storage.remove_tree(run.path(member.folder))
         try:
-            for group in _as_they_come(start(pending) if pending else []):
+            for group in _as_they_come(start(pending)):
                 known |= {member.seed: member for member in group}
                 say_progress(group, epochs)
-            return [known[m.seed] for m in members]
+            break
         except (ray.exceptions.WorkerCrashedError, ray.exceptions.NodeDiedError, ray.exceptions.ObjectLostError):
             known = {m.seed: find_member(run.uri, m.form, m.seed, m.source) for m in members}
-    raise StageFailed(f"confusion: training workers died {TRIES} times; finished epochs are kept, start it again")
+    else:
+        raise StageFailed(f"confusion: training workers died {TRIES} times; finished epochs are kept, start it again")
+    return [known[m.seed] for m in members]
 
 
-def _as_they_come(streams: list[ray.ObjectRefGenerator]) -> Iterator[list[Member]]:
+def _as_they_come(streams: list[Any]) -> Iterator[list[Member]]:
     """What streaming tasks yield, whichever comes first."""
+    ray = cluster.connect()
     while streams:
         ready, streams = ray.wait(streams, num_returns=1)
         try:

@@ -15,12 +15,11 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import ray
 import torch
 
 from pipelines.confusion.members import Member, Placement, report
 from pipelines.curation import percentiles
-from pipelines.runs import column_groups, columns, storage
+from pipelines.runs import cluster, column_groups, columns, storage
 from pipelines.runs.errors import StageFailed
 from pipelines.runs.progress import Progress
 from pipelines.runs.record import Run, fingerprint
@@ -162,6 +161,7 @@ def _score_shards(
     """Yield (shard, rows) as shards are written."""
     if not pending:
         return
+    ray = cluster.connect()
     # One row per block: an actor takes a shard at a time, and a free one takes the next.
     items = [{"shard": shard, "source": sources[shard]} for shard in pending]
     dataset = map_actors(

@@ -1,10 +1,10 @@
 """Webdataset shards: found, read as a stream of Arrow tables that loses nothing silently, and written as subsets.
 
-Reading is a Ray Data source with one read task per shard. Bad data becomes a row with a reason; a storage that fails
-is tried again from where the last block ended, and then fails the stage: it says nothing about the data.
+Reading a shard is a generator of tables, which `pipelines.corpus.datasource` runs in Ray tasks. Bad data becomes a row
+with a reason; a storage that fails is tried again from where the last block ended, and then fails the stage: it says
+nothing about the data.
 """
 
-import functools
 import hashlib
 import itertools
 import json
@@ -15,10 +15,6 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import ray
-from ray.data.block import BlockMetadata
-from ray.data.context import DataContext
-from ray.data.datasource import Datasource, ReadTask
 
 from pipelines.corpus.samples import IMAGE_SUFFIXES, MAX_IMAGE_BYTES, Entry, LabelSource, SampleNumbering, read_samples
 from pipelines.corpus.shardlist import find_shards
@@ -79,71 +75,6 @@ def expand_shards(spec: str) -> list[Shard]:
 def shard_digest(url: str) -> str:
     """sha256 of a shard's bytes, in hexadecimal: what the end of its reading says as `digest`."""
     return _with_retries(url, lambda: _digest(url))
-
-
-def read_shards(
-    pending: Sequence[tuple[int, Shard]],
-    labels: LabelSource,
-    *,
-    num_cpus: float = 0.25,
-    block_bytes: int = BLOCK_BYTES,
-    max_image_bytes: int = MAX_IMAGE_BYTES,
-) -> ray.data.Dataset:
-    """Shards as a stream of blocks with the schema SAMPLES.
-
-    Parameters
-    ----------
-    pending : sequence of (int, Shard)
-        The shards to read, each with its number in the run.
-    labels : LabelSource
-    num_cpus : float
-        Of each read task. A fraction: beside actors a whole core may never be free, and then nothing runs. It keeps
-        Ray from fusing reading with a stage of another `num_cpus`, so images stream.
-    block_bytes : int
-        Image bytes per block, about; the memory of a read task is some times that.
-
-    Returns
-    -------
-    dataset : ray.data.Dataset
-        Blocks of a shard hold its rows in order. Its last row has `end`, JSON with `entries` (rows of this shard
-        before that one), `samples` (numbered, good or not), `left_out`,
-        `ignored` (members of no sample, such as README), `digest` (sha256), `bytes`, `seconds` (spent
-        reading). entries = samples, plus one if the shard has an unreadable rest. A shard's blocks are the same each
-        time it is read (but for `seconds`).
-    """
-    if not pending:
-        return ray.data.from_arrow(SAMPLES.empty_table())
-    context = DataContext.get_current().copy()
-    context.target_max_block_size = block_bytes
-    context.raise_original_map_exception = True  # a full disk in a stage reaches the command as what it is
-    read = functools.partial(read_shard, labels=labels, block_bytes=block_bytes, max_image_bytes=max_image_bytes)
-    with DataContext.current(context):
-        # As many blocks as tasks: otherwise Ray adds a step that cuts blocks up.
-        return ray.data.read_datasource(ShardSource(pending, read), num_cpus=num_cpus, override_num_blocks=len(pending))
-
-
-class ShardSource(Datasource):
-    """One read task per shard; `read(number, shard)` yields its tables."""
-
-    def __init__(self, pending: Sequence[tuple[int, Shard]], read: Callable[[int, Shard], Iterator[pa.Table]]):
-        super().__init__()
-        self._pending, self._read = list(pending), read
-
-    def estimate_inmemory_data_size(self) -> int:
-        return sum(shard.size for _, shard in self._pending)
-
-    def get_read_tasks(
-        self, parallelism: int, per_task_row_limit: int | None = None, data_context: DataContext | None = None
-    ) -> list[ReadTask]:
-        return [
-            ReadTask(
-                functools.partial(self._read, number, shard),
-                BlockMetadata(num_rows=None, size_bytes=shard.size, exec_stats=None, input_files=[shard.url]),
-                schema=SAMPLES,
-                per_task_row_limit=per_task_row_limit,
-            )
-            for number, shard in self._pending
-        ]
 
 
 def read_shard(

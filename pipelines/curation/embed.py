@@ -12,17 +12,20 @@ import itertools
 import json
 import time
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 import pyarrow as pa
-import ray
 
-from pipelines.corpus.shards import LabelSource, read_shards, shard_digest
+from pipelines.corpus.shards import LabelSource, shard_digest
 from pipelines.curation.workers import STEPS, Resources
-from pipelines.runs import column_groups, columns, storage
+from pipelines.runs import cluster, column_groups, columns, storage
 from pipelines.runs.errors import StageFailed
 from pipelines.runs.progress import Progress
 from pipelines.runs.record import CorpusConfig, Run, Shard, fingerprints
 from pipelines.runs.tasks import in_order, map_actors
+
+if TYPE_CHECKING:
+    import ray
 
 SHARDS_AT_ONCE = 20_000  # per Ray dataset, whose driver puts a pickled read task for each before it reads the first
 PART_NOTE = pa.schema(
@@ -155,6 +158,7 @@ def embed_shards(
     """Yield (counts, seconds by step) of each shard as its files are in place; `noted(rows)` is told of each block."""
     if not pending:
         return
+    ray = cluster.connect()
     config, shards = run.config, run.shards
     commit = ray.remote(commit_shard).options(num_cpus=0.25, max_retries=3)
     parts: dict[int, dict[int, dict]] = {}
@@ -183,9 +187,9 @@ def embed_shards(
         raise StageFailed(f"embed: shards {sorted(parts)} came out incomplete; start the same command again")
 
 
-def _committed(run: Run, reference: ray.ObjectRef, commits: dict) -> tuple[dict, dict[str, float]]:
+def _committed(run: Run, reference: "ray.ObjectRef", commits: dict) -> tuple[dict, dict[str, float]]:
     position, spent = commits.pop(reference)
-    counts = ray.get(reference)
+    counts = cluster.connect().get(reference)
     # Only now: a commit that is killed after its last write is run again, and needs the parts.
     storage.remove_tree(run.path(".parts", columns.EMBEDDINGS, f"{position:06d}"))
     return counts, spent
@@ -193,7 +197,9 @@ def _committed(run: Run, reference: ray.ObjectRef, commits: dict) -> tuple[dict,
 
 def _notes(run: Run, pending: list[int], resources: Resources) -> Iterator[dict]:
     """Stream the shards through the actors; yields one PART_NOTE row per written block."""
-    from pipelines.curation.embedder import EmbedImages  # torch, which a driver with nothing to embed does not wait for
+    # Torch and Ray, which a driver with nothing to embed does not wait for.
+    from pipelines.corpus.datasource import read_shards
+    from pipelines.curation.embedder import EmbedImages
 
     config, shards = run.config, run.shards
     dataset = read_shards(

@@ -11,7 +11,6 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 import pyarrow as pa
-import ray
 import torch
 from scipy.special import softmax
 from torch import Tensor, nn
@@ -24,7 +23,7 @@ from pipelines.evaluation.calibrate import classifier_digest
 from pipelines.evaluation.detection import TRUST, trust_schema
 from pipelines.evaluation.outcomes import PredictionSet, labelled_logits, open_predictions
 from pipelines.evaluation.predict import Forward, check_fits, input_batches, shard_forward
-from pipelines.runs import column_groups, columns
+from pipelines.runs import cluster, column_groups, columns
 from pipelines.runs.record import Run, Shard, fingerprint
 from pipelines.runs.tasks import in_order, write_shards
 from pipelines.training.checkpoints import read_classifier
@@ -229,6 +228,7 @@ def trained(
     source = Source.of(run, input=oracle.input, part=part, holdout=HOLDOUT, seed=training.seed, image_size=size)
     counts = survey(source, len(run.classes)).counts
     correct, probs = (tensor.clone() for tensor in found.of(source))
+    ray = cluster.connect()
     task = ray.remote(train_oracle).options(num_cpus=1, num_gpus=1 if device == "cuda" else 0, max_retries=3)
     return ray.get(task.remote(source, counts, oracle, correct, probs, training, device))
 

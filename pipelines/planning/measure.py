@@ -14,7 +14,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-import ray
 
 from pipelines.corpus.shards import BLOCK_BYTES, LabelSource, read_shard
 from pipelines.curation import embed as embedding
@@ -24,7 +23,7 @@ from pipelines.curation import select as selecting
 from pipelines.curation.workers import DECODERS, STEPS, Resources
 from pipelines.planning.plan import Measured, StageCost
 from pipelines.report import page as reporting
-from pipelines.runs import columns, storage
+from pipelines.runs import cluster, columns, storage
 from pipelines.runs.record import CorpusConfig, Run, Shard
 
 MOST_SHARDS = 64  # of the scratch run: repeating shards of a dozen images until they last is minutes of starting tasks
@@ -120,7 +119,7 @@ def measure(
         device=resources.device,
         workers=resources.workers,
         decoders=DECODERS[resources.device],
-        cores=ray.cluster_resources().get("CPU", 0.0),
+        cores=cluster.capacity().cpus,
     )
 
 
@@ -128,6 +127,7 @@ def _probe(
     shards: Sequence[Shard], config: CorpusConfig, resources: Resources, scratch: str, limit_s: float
 ) -> tuple[list[dict[str, Any]], int]:
     """What each shard took in a worker alone, and the worker's peak memory in bytes."""
+    ray = cluster.connect()
     actor = ray.remote(Probe).options(num_cpus=resources.cpus_per_worker, num_gpus=resources.gpus_per_worker)
     probe = actor.remote(config, resources)
     limit_s /= len(shards)

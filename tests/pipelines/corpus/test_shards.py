@@ -17,15 +17,14 @@ import webdataset
 from fsspec.implementations.local import LocalFileSystem
 
 from pipelines.corpus import shards
+from pipelines.corpus.datasource import ShardSource, read_shards
 from pipelines.corpus.samples import LabelSource
 from pipelines.corpus.shards import (
     SAMPLES,
     ShardChanged,
-    ShardSource,
     expand_shards,
     read_images,
     read_shard,
-    read_shards,
     write_subset_shard,
 )
 from pipelines.corpus.tarstream import StorageError
