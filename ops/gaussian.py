@@ -14,11 +14,13 @@ import scipy.sparse
 from ops.arrays import Array, as_ndarray, namespace, to_numpy
 from ops.checks import check_count, check_shape
 from ops.mahalanobis import Gaussians, checked_features, checked_labels, precision_of
-from ops.shrinkage import amounts_of, check_shrinkage, shrink, shrink_spectrum
+from ops.shrinkage import amounts_of, check_shrinkage, live_features, shrink, shrink_spectrum
+from ops.shrinkage_search import ShrinkageSearch
 
 CHUNK_ROWS = 4_096  # rows per X^T X: full speed, and half the rounding error of 16,384 rows in float32
 EXACT_ROWS = 16_384  # float64 products for so many rows: over fewer, the rounding of float32 doesn't average out
 PILOT_ROWS = 4_096
+LEAST_SQUARES = 1e-28  # a sum of squares below this, in float32, has lost digits to underflow
 
 
 class GaussianStats:
@@ -149,37 +151,46 @@ class GaussianStats:
         self._sums[:rows] += part._counts[:, None] * shift
         self._scatter += cross + cross.T + part.num_samples * np.outer(shift, shift)
 
-    def fit(self, shrinkage: str | float = "none") -> Gaussians:
+    def fit(self, shrinkage: str | float = "none", rows: tuple[Array, Array | None] | None = None) -> Gaussians:
         """The Gaussians of eq. 2 and 4, both covariances divided by N.
 
         Parameters
         ----------
         shrinkage : "none", "oas", "auto" or a number s in [0, 1]
             "none": the covariances as they are. s: (1 - s) Σ + s tr(Σ)/d I, both. "oas": s by the Oracle
-            Approximating Shrinkage formula, for each of the two. "auto": none where both are positive definite
-            with a margin of ten over working precision, else "oas".
+            Approximating Shrinkage formula, for each of the two. "auto": (1 - s) Σ + s diag(Σ), with the s of a grid that
+            predicts `rows` best, each left out of the Gaussians (see `ops.shrinkage_search`); without `rows`, s by OAS.
+        rows : (features, labels), optional
+            Rows that were fitted on, all or a sample of them, as for `update`; features of shape (n, R, d) are R views of
+            each sample. For "auto" only.
 
         Raises
         ------
         ValueError
             No sample; or a covariance that isn't positive definite to working precision (after shrinkage): with
-            rank, d, N and the way out.
+            rank, d, N and the way out. "auto" raises only where no feature varies within classes.
 
         Notes
         -----
         OAS is that of scikit-learn (`sklearn.covariance.oas`): the class-agnostic covariance is equal to its. The
         same formula with n = N serves the pooled within-class covariance, for which it was not derived.
         Working precision: an eigenvalue counts if above sqrt(d) eps times the largest one of the class-agnostic
-        covariance, eps of the coarsest precision that features came in (float32 for float16 and float32).
+        covariance, eps of the coarsest precision that features came in (float32 for float16 and float32). With "auto" the
+        same is asked of the correlation matrices, so that the units of features don't matter, and features that don't
+        vary within classes, to that precision, have no weight.
         """
         check_shrinkage(shrinkage)
-        if not self.num_samples:
-            raise ValueError(f"fit: none of the {self.count} rows has a label" if self.count else "fit: no rows yet")
+        if shrinkage == "auto":
+            search = self.shrinkage_search()
+            return search.fit(None if rows is None else search.measure(*rows))
+        if rows is not None:
+            raise ValueError(f"rows: only shrinkage 'auto' is chosen by them, not {shrinkage!r}")
+        self._need_samples()
         class_means, mean, within, agnostic = self._estimates()
         spectra = [np.linalg.eigvalsh(covariance) for covariance in (within, agnostic)]
         floor = np.sqrt(self.dim) * self.eps * spectra[1][-1]
         rank = min(int((values > floor).sum()) for values in spectra)
-        amounts = amounts_of(shrinkage, within, agnostic, self.num_samples, min(v[0] for v in spectra) > 10 * floor)
+        amounts = amounts_of(shrinkage, within, agnostic, self.num_samples)
         shrunk = [shrink_spectrum(values, s) for values, s in zip(spectra, amounts)]
         if min(values[0] for values in shrunk) <= floor:
             raise ValueError(_singular(rank, self.dim, self.num_samples, shrinkage, len(self._counts)))
@@ -194,6 +205,21 @@ class GaussianStats:
             shrinkage=amounts,
             num_samples=self.num_samples,
         )
+
+    def shrinkage_search(self) -> ShrinkageSearch:
+        """What `fit("auto")` chooses with: rows may be measured in parts, whose curves add up, and then fitted.
+
+        ValueError without samples, or where no feature varies within classes.
+        """
+        self._need_samples()
+        class_means, mean, within, agnostic = self._estimates()
+        moments = self._scatter.diagonal() / self.num_samples
+        live = live_features(within.diagonal(), agnostic.diagonal(), moments, self.eps)
+        return ShrinkageSearch(class_means, self.class_counts, mean, within, agnostic, self.num_samples, live, self.eps)
+
+    def _need_samples(self) -> None:
+        if not self.num_samples:
+            raise ValueError(f"fit: none of the {self.count} rows has a label" if self.count else "fit: no rows yet")
 
     def _estimates(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """Class means (K, d), mean (d,), pooled within-class and class-agnostic covariance (d, d)."""
@@ -237,12 +263,23 @@ def _moments(
         part = part.astype(precision, copy=False) - xp.asarray(pilot, precision)
         counts += [len(part)] if group is None else to_numpy(xp.bincount(group, minlength=rows))
         sums += part.sum(axis=0, dtype=np.float64) if group is None else _class_sums(part, group, rows)
-        with np.errstate(over="ignore", invalid="ignore"):  # found below
-            scatter += part.T @ part
+        scatter += _square(part)
     sums, scatter = to_numpy(sums), to_numpy(scatter)
     if not np.isfinite(np.trace(scatter)):
         raise ValueError(f"features: contains NaN, infinity, or values whose square overflows (shape {tuple(x.shape)})")
     return counts, sums, scatter
+
+
+def _square(part: Array) -> Array:
+    """X^T X (d, d); in float64 where a feature's squares leave the range of float32."""
+    with np.errstate(over="ignore", invalid="ignore"):  # what is not finite in float64 either is found with the sums
+        product = part.T @ part
+        if part.dtype == np.float32:
+            squares = product.diagonal()
+            if bool((~(squares < np.inf) | ((squares < LEAST_SQUARES) & (part != 0).any(axis=0))).any()):
+                part = part.astype(np.float64)
+                product = part.T @ part
+    return product
 
 
 def _class_sums(x: Array, group: Array, rows: int) -> Array:

@@ -17,6 +17,16 @@ import scipy.linalg
 from ops.arrays import Array, as_ndarray, like, namespace, to_numpy
 from ops.checks import check_labels, check_shape
 from ops.difficulty import Reference
+from ops.leave_one_out import (
+    Removal,
+    class_distances,
+    gain,
+    gram_of,
+    own_distance,
+    removal,
+    removal_tolerance,
+    squared_between,
+)
 from ops.shrinkage import PerCovariance
 
 BLOCK_ROWS = 4_096
@@ -32,7 +42,7 @@ class Distances(NamedTuple):
 
 
 class Scores(NamedTuple):
-    """What `Gaussians.scores` gives for n samples, each of shape (n,)."""
+    """What `Gaussians.scores` gives for n samples, each of shape (n,): see there."""
 
     md: Array
     md_agn: Array
@@ -40,6 +50,8 @@ class Scores(NamedTuple):
     nearest_class: Array
     nearest_md: Array
     margin: Array
+    md_loo: Array
+    rmd_loo: Array
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -54,13 +66,15 @@ class Gaussians:
         Samples of each class. A class with 0 is absent: infinitely far, never nearest.
     mean : ndarray of shape (d,), float64
     covariance : ndarray of shape (d, d), float64, or None without labels
-        Pooled within-class covariance, divided by N, shrunk as `shrinkage` says.
+        Pooled within-class covariance, divided by N, shrunk as `shrinkage` says. A feature whose variance here is 0 has
+        no weight in any distance.
     covariance_agn : ndarray of shape (d, d), float64
         Total covariance, divided by N, shrunk as `shrinkage` says.
     rank : int
         Of the within-class covariance before shrinkage (the class-agnostic one's is no smaller), in [0, d].
     condition : float
-        Condition number, the larger of the two covariances', after shrinkage.
+        Condition number, the larger of the two covariances', after shrinkage. With the target "diagonal", rank and
+        condition are those of the correlation matrices of the features that have weight.
     shrinkage : PerCovariance
         Amounts used, in [0, 1]; 0 = none.
     num_samples : int
@@ -68,6 +82,13 @@ class Gaussians:
     class_names : tuple of str, optional
     reference : Reference, optional
         Mean, std, min, max of rmd over the samples fitted on, for `difficulty_weight` in another run.
+    target : "identity" or "diagonal"
+        What was shrunk towards: tr(Σ)/d I, or diag(Σ).
+    curve : ndarray of shape (3, S), float64, optional
+        What `fit("auto", rows)` chose from: amounts; mean leave-one-out log-loss of the class posterior in nats; mean
+        leave-one-out negative log-likelihood of the class-agnostic Gaussian in nats, but for a constant.
+    source : str, optional
+        What the caller says that these were made from.
     """
 
     class_means: np.ndarray
@@ -81,6 +102,9 @@ class Gaussians:
     num_samples: int
     class_names: tuple[str, ...] | None = None
     reference: Reference | None = None
+    target: str = "identity"
+    curve: np.ndarray | None = None
+    source: str | None = None
 
     @property
     def num_classes(self) -> int:
@@ -169,42 +193,73 @@ class Gaussians:
         _finite(features, namespace(x).asarray(total))
         return like(md, features)
 
-    def scores(self, features: Array, labels: Array | None = None) -> Scores:
-        """Everything that the score stage writes, from one d x d product.
+    def scores(
+        self,
+        features: Array,
+        labels: Array | None = None,
+        *,
+        fitted: Array | bool = False,
+        views: Array | None = None,
+    ) -> Scores:
+        """Everything that the score stage writes, from one d x d product and one with the class means.
 
         Parameters
         ----------
         features : array of shape (n, d), any float type, finite
         labels : integer array of shape (n,), in [-1, K), optional
             -1 = no label. None = all without.
+        fitted : bool, or bool array of shape (n,)
+            Which samples these Gaussians were fitted on, with these labels: each is left out of the Gaussians that
+            judge it. Rows without a label never were.
+        views : array of shape (n, R - 1, d), optional
+            The other views of each sample, where the Gaussians were fitted on R views: all are left out together.
 
         Returns
         -------
         Scores of arrays of shape (n,), the kind of `features`; floats in float32 for float16, else in its type
             md, md_agn, rmd : as `distances` gives them. Without a label md is NaN and rmd refers to the nearest class.
-            nearest_class : int64, argmin over classes of md, the first one of equals.
-            nearest_md : md to that class.
-            margin : md(label) - min over the other classes of md. Positive = the sample sits nearer another class.
-            NaN without a label or without another class.
+            md_loo, rmd_loo : the same with the sample left out of both Gaussians; where it wasn't fitted on, equal to
+            md and rmd. NaN where nobody else vouches for the class: it has no other sample, or the covariance is
+            singular without this one.
+            nearest_class : int64, argmin over classes of md with the sample left out, the first one of equals.
+            nearest_md : that md, >= 0.
+            margin : md_loo - min over the other classes of their md with the sample left out. Positive = the sample
+            sits nearer another class, a candidate for a wrong label. NaN where md_loo is, or without another class.
+            Fitted on one class only: rmd = rmd_loo = 0, as both Gaussians are one.
             Fitted without labels: all but md_agn are NaN, nearest_class is -1.
 
         Raises
         ------
         ValueError
             Wrong shapes, a label outside [-1, K) or of a class without samples, NaN or infinity.
+
+        Notes
+        -----
+        Exactly what a fit without the sample gives, with the divisor N, the amount s of shrinkage and its target kept (see
+        `ops.leave_one_out`): at s = 0, N / (N - 1) times the refit's. No refit: O(d² + K d) per sample.
         """
         x = checked_features(features, self.dim)
-        y = namespace(x).full(len(x), -1) if labels is None else self._checked_labels(labels, x, unlabelled=True)
-        p = self._projection(x)
-        parts = [_score_block(z, y[rows], p) for rows, z in self._blocks(x, p, 2 * (self.dim + self.num_classes))]
-        columns = [namespace(x).concatenate(column) for column in zip(*parts)]
+        xp = namespace(x)
+        y = xp.full(len(x), -1) if labels is None else self._checked_labels(labels, x, unlabelled=True)
+        left_out = xp.broadcast_to(xp.asarray(as_ndarray(fitted), bool), (len(x),)) & (y >= 0)
+        others = None if views is None else _checked_views(views, x)
+        p, parts = self._projection(x), []
+        count = 1 if others is None else 1 + others.shape[1]
+        for rows, z in self._blocks(x, p, 2 * count * (self.dim + self.num_classes)):
+            more = None if others is None else _projected(others[rows], p)
+            parts.append(_score_block(z, more, y[rows], left_out[rows], p))
+        columns = [xp.concatenate(column) for column in zip(*parts)]
         _finite(features, columns[1])
         return Scores(*(like(column, features) for column in columns))
 
     def save(self, path: str | Path | IO[bytes]) -> None:
         """Write to `path`, taken literally, or to a binary file object: npz without pickles, the same bytes each time."""
         arrays = {name: getattr(self, name) for name in _STORED if getattr(self, name) is not None}
-        arrays |= {"class_names": np.array(self.class_names, dtype=str)} if self.class_names is not None else {}
+        for name in ("class_names", "source"):
+            if getattr(self, name) is not None:
+                arrays[name] = np.array(getattr(self, name), dtype=str)
+        if self.target != "identity":  # which is what files without this entry mean
+            arrays["target"] = np.array(self.target)
         if isinstance(path, str | Path):
             with open(path, "wb") as stream:
                 np.savez(stream, **arrays)
@@ -242,9 +297,16 @@ class Gaussians:
 
     @functools.cached_property
     def _whitening(self) -> tuple[np.ndarray, np.ndarray]:
-        """V (d, d) and 1/w (d,) of Σ_agn v = w Σ v, in float64."""
+        """V (d, r) and 1/w (r,) of Σ_agn v = w Σ v over the r features that have weight, in float64."""
         within = self.covariance_agn if self.covariance is None else self.covariance
-        w, v = scipy.linalg.eigh(self.covariance_agn, within)
+        variances = within.diagonal()
+        live = variances > 0
+        # Powers of two change no digit, and keep features of 1e-20 and of 1e15 in the same matrix apart from underflow.
+        scale = np.exp2(-np.rint(np.log2(variances[live]) / 2))
+        agnostic, within = (m[np.ix_(live, live)] * scale[:, None] * scale for m in (self.covariance_agn, within))
+        w, directions = scipy.linalg.eigh(agnostic, within)
+        v = np.zeros((self.dim, len(w)))
+        v[live] = scale[:, None] * directions
         return v, 1 / w
 
     @functools.cached_property
@@ -261,9 +323,14 @@ class Gaussians:
             absent = self.counts == 0
             centers = np.where(absent[:, None], 0.0, (self.class_means - origin) @ v)
             norms = np.where(absent, np.inf, _squared_norm(centers))
+            centers = np.vstack([centers, np.zeros(len(inverse_w))])  # of the label -1
             arrays = (origin, v, inverse_w, (self.mean - origin) @ v, centers, norms)
             here = (namespace(x).asarray(a, precision_of(x)) for a in arrays)
-            self._projections[key] = _Projection(*here)
+            amounts = PerCovariance(*((1 - s) / self.num_samples for s in self.shrinkage))
+            tolerance = removal_tolerance(self.dim, self.condition, precision_of(x))
+            single = int((~absent).sum()) == 1
+            counts = namespace(x).asarray(np.append(self.counts, 0))
+            self._projections[key] = _Projection(*here, counts, self.num_samples, amounts, tolerance, single)
         return self._projections[key]
 
     def _blocks(self, x: Array, p: "_Projection", values_per_row: int) -> Iterator[tuple[slice, Array]]:
@@ -271,7 +338,7 @@ class Gaussians:
         step = max(1, min(BLOCK_ROWS, BLOCK_VALUES // values_per_row))
         for start in range(0, len(x), step):
             rows = slice(start, min(start + step, len(x)))
-            yield rows, (x[rows].astype(precision_of(x), copy=False) - p.origin) @ p.v
+            yield rows, _projected(x[rows], p)
 
     def _need_classes(self) -> None:
         if not self.num_classes:
@@ -294,14 +361,19 @@ class Gaussians:
 
 
 class _Projection(NamedTuple):
-    """The whitening from an origin close to the mean: V (d, d), 1/w (d,), what mean (d,) and class means (K, d) become."""
+    """The whitening from an origin close to the mean, in one precision and place, and what leaving a sample out needs."""
 
-    origin: Array
-    v: Array
-    inverse_w: Array
-    background: Array
-    centers: Array
-    norms: Array  # squared, of the centers; infinite for absent classes
+    origin: Array  # (d,)
+    v: Array  # (d, r)
+    inverse_w: Array  # (r,)
+    background: Array  # (r,), of the mean
+    centers: Array  # (K + 1, r), of the class means; the last one, of the label -1, is the origin
+    norms: Array  # (K,), squared, of the centers; infinite for absent classes
+    counts: Array  # (K + 1,)
+    num_samples: int
+    amounts: PerCovariance  # (1 - s) / N of the two covariances
+    tolerance: float
+    single: bool  # one class alone has samples
 
 
 _STORED = [
@@ -315,6 +387,7 @@ _STORED = [
     "shrinkage",
     "num_samples",
     "reference",
+    "curve",
 ]
 
 
@@ -329,6 +402,8 @@ def _fields(arrays: dict[str, np.ndarray]) -> dict:
         fields["reference"] = Reference(*arrays["reference"].tolist())
     if "class_names" in arrays:
         fields["class_names"] = tuple(arrays["class_names"].tolist())
+    fields |= {name: str(arrays[name]) for name in ("target", "source") if name in arrays}
+    fields["curve"] = arrays.get("curve")
     return fields
 
 
@@ -371,37 +446,88 @@ def _finite(features: Array, *results: Array) -> list[Array]:
     return [like(result, features) for result in results]
 
 
+def _checked_views(views: Array, x: Array) -> Array:
+    """(n, R - 1, d) in the library of `x`."""
+    others = as_ndarray(views)
+    check_shape("views", others, (len(x), "R - 1", x.shape[1]))
+    if others.dtype.kind not in "fiu":
+        raise ValueError(f"views: expected real numbers, got dtype {others.dtype}")
+    return namespace(x).asarray(others if namespace(others) is namespace(x) else to_numpy(others))
+
+
+def _projected(x: Array, p: _Projection) -> Array:
+    """z = V^T (x - origin) of rows (..., d)."""
+    return (x.astype(p.v.dtype, copy=False) - p.origin) @ p.v
+
+
 def _to_background(z: Array, p: _Projection) -> Array:
     return (z - p.background) ** 2 @ p.inverse_w
 
 
 def _to_all_classes(z: Array, p: _Projection) -> Array:
-    md = z @ p.centers.T
+    md = z @ p.centers[:-1].T
     md *= -2
     md += p.norms
     md += _squared_norm(z)[:, None]
     return md.clip(min=0)
 
 
-def _score_block(z: Array, y: Array, p: _Projection) -> tuple[Array, ...]:
-    """The columns of `Scores` for one block.
+def _score_block(z: Array, views: Array | None, y: Array, fitted: Array, p: _Projection) -> tuple[Array, ...]:
+    """The columns of `Scores` for one block of projected rows (b, r), their other views (b, R - 1, r) and labels (b,).
 
     The product over all classes only finds who is nearest; distances are then taken from differences, exactly.
     """
-    xp, rows, nan = namespace(z), namespace(z).arange(len(z)), z.dtype.type(np.nan)
-    md_agn, labelled = _to_background(z, p), y >= 0
-    if not len(p.centers):
+    xp, nan, labelled = namespace(z), z.dtype.type(np.nan), y >= 0
+    md_agn = _to_background(z, p)
+    if not len(p.norms):
         none = xp.full_like(md_agn, nan)
-        return none, md_agn, none, y, none, none
-    to_classes = _to_all_classes(z, p)
-    to_classes[rows[labelled], y[labelled]] = np.inf
-    other = to_classes.argmin(axis=1)
-    alone = labelled & xp.isinf(to_classes[rows, other])
-    other_md = xp.where(alone, xp.inf, _squared_norm(z - p.centers[other])).astype(z.dtype)
-    own_md = xp.where(labelled, _squared_norm(z - p.centers[y]), nan).astype(z.dtype)
-    own_nearest = labelled & ((own_md < other_md) | ((own_md == other_md) & (y < other)))
+        return none, md_agn, none, y, none, none, none, none
+    points = z[:, None] if views is None else xp.concatenate([z[:, None], views], axis=1)
+    deviations = points - p.centers[y][:, None]
+    gram = gram_of(deviations)
+    out = removal(gram, p.counts[y], p.amounts.within, fitted, p.tolerance)
+    md = gram[:, 0, 0]
+    md_loo = own_distance(gram, out) if bool(fitted.any()) else md
+    other, other_md = _nearest_other(z, y, deviations, gram, out, p)
+    comparable = labelled & out.defined
+    own_nearest = comparable & ((md_loo < other_md) | ((md_loo == other_md) & (y < other)))
     nearest = xp.where(own_nearest, y, other)
-    nearest_md = xp.where(own_nearest, own_md, other_md)
-    margin = xp.where(alone, nan, own_md - other_md)
-    rmd = xp.where(labelled, own_md, nearest_md) - md_agn
-    return own_md, md_agn, rmd, nearest, nearest_md, margin
+    nearest_md = xp.where(own_nearest, md_loo, other_md)
+    margin = xp.where(comparable & xp.isfinite(other_md), md_loo - other_md, nan)
+    md_agn_loo = _background_left_out(points, md_agn, fitted, p)
+    rmd = xp.where(labelled, md, nearest_md) - md_agn
+    rmd_loo = xp.where(labelled, md_loo, nearest_md) - md_agn_loo
+    if p.single:
+        nearest, rmd, rmd_loo = xp.where(labelled, y, other), rmd * 0, rmd_loo * 0
+        nearest_md = xp.where(labelled, md_loo, other_md)
+    without = xp.where(labelled, md, nan)
+    return without, md_agn, rmd, nearest, nearest_md, margin, xp.where(labelled, md_loo, nan), rmd_loo
+
+
+def _nearest_other(
+    z: Array, y: Array, deviations: Array, gram: Array, out: Removal, p: _Projection
+) -> tuple[Array, Array]:
+    """The nearest class but one's own (b,), and the squared distance to it, the sample left out; infinite without one."""
+    xp, rows = namespace(z), namespace(z).arange(len(z))
+    centers = p.centers[:-1]
+    to_classes = class_distances(deviations, gram, y, centers, squared_between(y, centers, p.norms), out)
+    to_classes[rows[y >= 0], y[y >= 0]] = np.inf
+    other = to_classes.argmin(axis=1)
+    alone = xp.isinf(to_classes[rows, other])
+    offset = z - centers[other]
+    products = (deviations @ offset[:, :, None]).reshape(len(z), -1, 1)
+    return other, xp.where(alone, xp.inf, _squared_norm(offset) + gain(products, out)[:, 0]).astype(z.dtype)
+
+
+def _background_left_out(points: Array, md_agn: Array, fitted: Array, p: _Projection) -> Array:
+    """Squared distance (b,) of the first view to the class-agnostic Gaussian without the sample."""
+    xp = namespace(points)
+    if not bool(fitted.any()):
+        return md_agn
+    if points.shape[1] == 1:
+        gram = md_agn[:, None, None]
+    else:
+        deviations = (points - p.background) * xp.sqrt(p.inverse_w)
+        gram = gram_of(deviations)
+    out = removal(gram, xp.full(len(points), p.num_samples), p.amounts.agnostic, fitted, p.tolerance)
+    return xp.where(fitted, own_distance(gram, out), md_agn)
