@@ -5,11 +5,12 @@ groups join on (shard, row) without a shuffle. Each file's schema metadata says 
 """
 
 import contextlib
+import itertools
 import json
 import re
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -47,17 +48,46 @@ def file_name(group: str, shard: int) -> str:
 
 
 def write(run_uri: str, group: str, shard: int, table: pa.Table, source: str, **more: Any) -> None:
-    """Write one shard's file of a column group, whole or not at all; `source` and `more` facts go into its metadata.
+    """Write one shard's file of a column group, whole or not at all; `source` and `more` facts go into its metadata."""
+    write_tables(run_uri, group, shard, [table], {"source": source, **more}, table.schema)
 
-    So does the source of the shard's embeddings as `embeddings`, whose rows the group has: see `check_fresh`.
+
+def write_tables(
+    run_uri: str,
+    group: str,
+    shard: int,
+    tables: Iterable[pa.Table],
+    told: Mapping[str, Any],
+    schema: pa.Schema | None = None,
+) -> int:
+    """Write one shard's file from tables as they come, whole or not at all; returns its rows.
+
+    Parameters
+    ----------
+    tables : iterable of Table
+        Each its own row groups; one is in memory at a time.
+    told : mapping
+        What the file says of itself, its `source` among it: read after the last table, so that an iterator may fill it.
+        The rows are added, and the source of the shard's embeddings as `embeddings`: see `check_fresh`.
+    schema : Schema, optional
+        Of the tables. By default that of the first, which then has to be there.
     """
-    told = {"source": source, "rows": table.num_rows, **more}
-    if group not in (columns.EMBEDDINGS, columns.QUARANTINE) and "embeddings" not in told:
-        told["embeddings"] = (facts(run_uri, columns.EMBEDDINGS, shard) or {}).get("source")
-    table = table.replace_schema_metadata({METADATA: json.dumps(told, sort_keys=True)})
+
+    def metadata(rows: int) -> dict[bytes, bytes]:
+        entry = {"rows": rows, **told}
+        if group not in (columns.EMBEDDINGS, columns.QUARANTINE) and "embeddings" not in entry:
+            entry["embeddings"] = (facts(run_uri, columns.EMBEDDINGS, shard) or {}).get("source")
+        return {METADATA: json.dumps(entry, sort_keys=True).encode()}
+
+    stream = iter(tables)
+    if schema is None:
+        first = next(stream)
+        schema, stream = first.schema, itertools.chain([first], stream)
+    schema = schema.remove_metadata()
     # A dictionary of vectors or scores, all different, made files of 1,000 rows a third larger and writing 7 times slower.
-    repeating = [f.name for f in table.schema if not (pa.types.is_floating(f.type) or pa.types.is_nested(f.type))]
-    storage.write_parquet_atomic(table, storage.join(run_uri, file_name(group, shard)), use_dictionary=repeating)
+    repeating = [f.name for f in schema if not (pa.types.is_floating(f.type) or pa.types.is_nested(f.type))]
+    uri = storage.join(run_uri, file_name(group, shard))
+    return storage.write_parquet_atomic(stream, uri, schema, metadata, use_dictionary=repeating)
 
 
 def facts(run_uri: str, group: str, shard: int) -> dict[str, Any] | None:

@@ -6,6 +6,7 @@ space (pyarrow alone would decode it). `file:` URIs are percent-decoded, as `Pat
 endpoint, region and keys from the environment (`AWS_ENDPOINT_URL`, …) and options from the query (`?region=eu-west-1`).
 """
 
+import base64
 import contextlib
 import functools
 import os
@@ -13,7 +14,7 @@ import re
 import secrets
 import tempfile
 import urllib.parse
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -202,7 +203,11 @@ def write_text_atomic(uri: str | os.PathLike, text: str) -> None:
 
 
 def write_parquet_atomic(
-    tables: pa.Table | Iterable[pa.Table], uri: str | os.PathLike, schema: pa.Schema | None = None, **options: object
+    tables: pa.Table | Iterable[pa.Table],
+    uri: str | os.PathLike,
+    schema: pa.Schema | None = None,
+    told: Callable[[int], dict[bytes, bytes]] | None = None,
+    **options: object,
 ) -> int:
     """Write one Parquet file, whole or not at all; equal tables give equal bytes.
 
@@ -212,6 +217,8 @@ def write_parquet_atomic(
         Written one after the other as they come, each its own row groups; one in memory at a time.
     schema : Schema, optional
         With its metadata; by default the first table's. Needed where there may be no table. Tables are cast to it.
+    told : callable, optional
+        Called with the number of rows after the last table; what it returns becomes the schema's metadata.
     options
         For `pyarrow.parquet.ParquetWriter`; zstd is the default compression.
 
@@ -225,11 +232,16 @@ def write_parquet_atomic(
         if first is None:
             raise ValueError(f"{os.fspath(uri)}: no table to write and no schema given")
         schema = first.schema
-    rows = 0
-    with write_atomic(uri) as file, pq.ParquetWriter(file, schema, **{"compression": "zstd"} | options) as writer:
+    rows, options = 0, {"compression": "zstd", "store_schema": told is None} | options
+    with write_atomic(uri) as file, pq.ParquetWriter(file, schema, **options) as writer:
         for table in _chain(first, stream):
             writer.write_table(table if table.schema.equals(schema) else table.cast(schema))
             rows += table.num_rows
+        if told is not None:
+            # Arrow writes a schema's metadata before the first row; this is how it looks when it comes after the last.
+            metadata = told(rows)
+            encoded = base64.b64encode(schema.with_metadata(metadata).serialize())
+            writer.add_key_value_metadata({b"ARROW:schema": encoded} | metadata)
     return rows
 
 
