@@ -94,7 +94,8 @@ def part_of(run: Run, folder: Path, classes: list[int], shards: int | None = Non
         del facts["rows"]
         column_groups.write(part.uri, columns.EMBEDDINGS, shard, kept, source, **facts)
     part.settle_classes(part.embedding_facts())
-    part.record |= {key: run.record[key] for key in ("precision",) if key in run.record}
+    if "precision" in run.record:
+        part.require_precision(run.record["precision"])
     part.finish_stage("embed", **{**run.stage("embed"), "rows": sum(f["rows"] for f in part.embedding_facts())})
     return part
 

@@ -22,6 +22,7 @@ def summarize(run: Run) -> dict[str, Any]:
     embedded = column_groups.all_facts(run.uri, columns.EMBEDDINGS, len(run.shards))
     rows = sum(f["rows"] for f in embedded if f)
     left_out = sum(f["left_out"] for f in embedded if f)
+    stages = {name: entry for name, entry in run.stages().items() if name != "plan"}
     return {
         "run": run.uri,
         "encoder": run.config.encoder,
@@ -35,8 +36,8 @@ def summarize(run: Run) -> dict[str, Any]:
         "bad_fraction": left_out / max(1, rows + left_out),
         "quarantine": quarantine_reasons(run),
         "groups": {name: group_summary(run, name) for name in groups_of(run)},
-        "stages": run.record["stages"],
-        "subsets": [name.removeprefix("select/") for name in run.record["stages"] if name.startswith("select/")],
+        "stages": stages,
+        "subsets": [name.removeprefix("select/") for name in stages if name.startswith("select/")],
     }
 
 

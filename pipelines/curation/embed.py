@@ -105,7 +105,7 @@ def pending_shards(run: Run) -> list[int]:
 
     Size and time of modification decide where they can; where only the time differs the bytes are hashed, once.
     """
-    config, shards, verified = run.config, run.shards, run.record.setdefault("verified", {})
+    config, shards, verified = run.config, run.shards, run.record.get("verified", {})
     pending, doubtful, source_of = [], [], embedding_sources(config)
     facts = column_groups.all_facts(run.uri, columns.EMBEDDINGS, len(shards))
     for position, (shard, fact) in enumerate(zip(shards, facts)):
@@ -115,13 +115,13 @@ def pending_shards(run: Run) -> list[int]:
         elif shard.mtime_ns not in (fact["mtime_ns"], verified.get(str(position))):
             doubtful.append((position, fact["digest"]))
     digests = in_order(shard_digest, [(shards[position].url,) for position, _ in doubtful])
+    same_bytes = {}
     for (position, before), now in zip(doubtful, digests):
         if now == before:
-            verified[str(position)] = shards[position].mtime_ns
+            same_bytes[str(position)] = shards[position].mtime_ns
         else:
             pending.append(position)
-    if doubtful:
-        run.save()
+    run.note_verified(same_bytes)
     return sorted(pending)
 
 

@@ -146,7 +146,7 @@ def adopt(run: Run, other: Run) -> dict:
     adopted["percentiles"] = percentiles.adopt(run, other)
     before, classes = run.stage("fit") or {}, list(gaussians.class_names or ())
     if before != before | adopted or run.classes != classes:
-        run.record["classes"] = classes
+        run.set_classes(classes)
         save_gaussians(run, gaussians)
         run.finish_stage("fit", **adopted)
     return adopted | {"skipped": False}

@@ -184,7 +184,7 @@ def select(run: Run, rule: Rule, name: str = "hard", samples_per_shard: int = 10
     """
     columns.check_name("--name", name)
     source = fingerprint("subset", dataclasses.asdict(rule), _column_sources(run, rule.by), samples_per_shard)
-    before = run.record["stages"].get(f"select/{name}")
+    before = run.stage(f"select/{name}")
     if before and before["source"] == source and storage.exists(run.path("subsets", name, "manifest.parquet")):
         return before | {"path": run.path("subsets", name), "skipped": True}
     started = time.monotonic()

@@ -181,7 +181,7 @@ def _parts(times: np.ndarray, samples: np.ndarray, workers: int) -> tuple[float,
 
 def _stages(run: Run, few: int) -> dict[str, StageCost]:
     """What fit, score, select and report cost, from the first `few` shards of the scratch run and from all of them."""
-    small = Run(run.uri, run.record | {"shards": run.record["shards"][:few], "stages": dict(run.record["stages"])})
+    small = Run(run.uri, run.record | {"shards": run.record["shards"][:few]})
 
     def fit(run: Run) -> None:
         fitting.fit(run)
@@ -214,7 +214,6 @@ def _cost(stage: Callable[[Run], None], forget: Callable[[Run], None], small: Ru
 
     def seconds(run: Run) -> float:
         forget(run)
-        run.save()  # the two share a folder, and stages read the record again
         started = time.monotonic()
         stage(run)
         return time.monotonic() - started

@@ -205,8 +205,7 @@ def bottleneck(measured: Measured) -> str:
 
 def store(run: Run, plan: dict[str, Any]) -> None:
     """Keep a plan with the run that it is for, so that `inspect` can hold it against what happened."""
-    run.record["plan"] = plan
-    run.save()
+    run.finish_stage("plan", plan=plan)
 
 
 def against_actual(run: Run) -> dict[str, Any] | None:
@@ -218,7 +217,8 @@ def against_actual(run: Run) -> dict[str, Any] | None:
         By quantity (samples, bad_fraction, `seconds STAGE` of finished stages, `bytes GROUP`): planned, actual and their
         ratio, actual / planned; `note` where a stage was resumed, so that its seconds are of its last part.
     """
-    plan = run.record.get("plan")
+    entry = run.stage("plan") or run.record  # where earlier versions kept it
+    plan = entry.get("plan")
     if plan is None:
         return None
     stages = [name for name in STAGES if name in plan["seconds"]]

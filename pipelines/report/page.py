@@ -72,8 +72,8 @@ def report(run: Run, class_names: Sequence[str] = (), limits: Limits | None = No
 
 def _inputs(run: Run) -> list[Any]:
     """What decides the page: the run's record, the sources of its columns, its evaluations."""
-    record = {name: value for name, value in run.record.items() if name != "versions"}
-    stages = {name: entry for name, entry in run.record["stages"].items() if name != "report"}
+    record = {name: value for name, value in run.record.items() if name not in ("versions", "stages", "plan")}
+    stages = {name: entry for name, entry in run.stages().items() if name not in ("report", "plan")}
     groups = [columns.QUARANTINE, *groups_of(run)]
     facts = {group: column_groups.all_facts(run.uri, group, len(run.shards)) for group in groups}
     sources = {group: [fact and fact["source"] for fact in found] for group, found in facts.items()}

@@ -231,7 +231,7 @@ def _weighting(score: dict[str, Any] | None) -> list[tuple[str, str]]:
 
 def stages(run: Run) -> list[dict[str, str | float]]:
     """Each finished stage: when, how long, how much, and its share of the longest."""
-    entries = [(name, entry) for name, entry in run.record["stages"].items() if name != "report"]
+    entries = [(name, entry) for name, entry in run.stages().items() if name not in ("report", "plan")]
     longest = max((entry.get("seconds", 0.0) for _, entry in entries), default=0.0) or 1.0
     return [
         {
@@ -279,6 +279,6 @@ def subsets(run: Run) -> list[dict[str, Any]]:
             "samples": entry["samples"],
             "shards": entry["shards"],
         }
-        for name, entry in run.record["stages"].items()
+        for name, entry in run.stages().items()
         if name.startswith("select/")
     ]

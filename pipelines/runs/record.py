@@ -1,6 +1,8 @@
 """A run directory: what it was made with, which shards it holds, which stages are finished.
 
-`run.json` is the only state; everything else is derived from the files that are there.
+`run.json` holds the config, the versions, the shards and the classes; only the command that makes the run or lets it grow
+writes it. What a finished stage says of itself is a file of its own, `stages/NAME.json`, so that no command writes over
+what another one noted. A command works on the shards of the run as it opened it.
 """
 
 import dataclasses
@@ -8,6 +10,7 @@ import hashlib
 import importlib.metadata
 import json
 import platform
+import typing
 from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from typing import Any
@@ -15,9 +18,10 @@ from typing import Any
 from pipelines.runs import column_groups, columns, storage
 
 RECORD = "run.json"
+STAGES = "stages"
 # What --overwrite removes: only what stages write, never a folder that merely happens to lie there.
 PRODUCTS = (
-    columns.EMBEDDINGS, columns.DIFFICULTY, columns.QUARANTINE, "gaussians.npz", "kmeans.npz", "confusion", "correctness",
+    STAGES, columns.EMBEDDINGS, columns.DIFFICULTY, columns.QUARANTINE, "gaussians.npz", "kmeans.npz", "confusion", "correctness",
     "predictions", "trust", "percentiles", "subsets", "report", "evaluation", "models", ".parts",
 )  # fmt: skip
 LIBRARIES = ("hardset", "ray", "torch", "torchvision", "numpy", "pyarrow", "open_clip_torch", "timm", "webdataset")
@@ -86,21 +90,29 @@ class Run:
     def open(cls, uri: str, option: str = "--run") -> "Run":
         """Open an existing run; ValueError, which names `option`, where there is none that can be read."""
         try:
-            record = json.loads(storage.read_bytes(storage.join(uri, RECORD)))
+            record = _read_json(storage.join(uri, RECORD))
         except (FileNotFoundError, NotADirectoryError):
             raise ValueError(
                 f"{option} {uri}: no {RECORD} there; make the run with hardset curate or hardset embed"
             ) from None
-        except (IsADirectoryError, PermissionError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        except (OSError, ValueError) as error:
             raise ValueError(f"{option} {uri}: {RECORD} cannot be read ({storage.first_line(error)})") from None
         run = cls(uri, record)
-        try:
-            shapes = (run.config, run.shards, run.classes, record["stages"].items())
-        except (AttributeError, KeyError, TypeError) as error:
-            shapes, why = None, f"{type(error).__name__}: {error}"
-        if shapes is None:
-            raise ValueError(f"{option} {uri}: its {RECORD} is not one that hardset wrote ({why})")
+        problem = run._problem()
+        if problem:
+            raise ValueError(f"{option} {uri}: its {RECORD} is not one that hardset wrote ({problem})")
         return run
+
+    def _problem(self) -> str | None:
+        """What is wrong with a record that a stranger may have made; None if nothing is."""
+        try:
+            _ = [name.encode() for name in (*self.classes, *(self.config.class_names or ()))]
+            _ = [entry.items() for entry in self.record.get(STAGES, {}).values()]
+            _check_types([self.config])
+            _check_types(self.shards)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            return f"{type(error).__name__}: {error}"
+        return None
 
     @classmethod
     def exists(cls, uri: str) -> bool:
@@ -119,10 +131,7 @@ class Run:
             run = cls.open(uri)
             if not overwrite:
                 run._refuse_mixing(config)
-                if run.config.encoder != config.encoder:  # the same weights, found elsewhere this time
-                    run.record["config"]["encoder"] = config.encoder
-                    run.save()
-                run._extend(shards)
+                run._extend(shards, config.encoder)
                 return run
             for product in PRODUCTS:
                 storage.remove_tree(storage.join(uri, product))
@@ -130,7 +139,6 @@ class Run:
             "config": dataclasses.asdict(config),
             "shards": [dataclasses.asdict(shard) for shard in shards],
             "classes": list(config.class_names or ()),
-            "stages": {},
         }
         run = cls(uri, record)
         run.save()
@@ -151,8 +159,11 @@ class Run:
                     "these cannot be mixed: take another --run, or --overwrite"
                 )
 
-    def _extend(self, shards: Sequence[Shard]) -> None:
-        """Take over the listed shards: known ones keep their position, new ones follow in the order given."""
+    def _extend(self, shards: Sequence[Shard], encoder: str) -> None:
+        """Take over the listed shards: known ones keep their position, new ones follow in the order given.
+
+        So is the encoder's name: the same weights may be found elsewhere this time.
+        """
         listed = {shard.url: shard for shard in shards}
         missing = [shard.url for shard in self.shards if shard.url not in listed]
         if missing:
@@ -162,9 +173,23 @@ class Run:
             )
         known = {shard.url for shard in self.shards}
         merged = [listed[shard.url] for shard in self.shards] + [s for s in shards if s.url not in known]
-        if merged != self.shards:
+        old = STAGES in self.record
+        if merged != self.shards or encoder != self.config.encoder or old:
             self.record["shards"] = [dataclasses.asdict(shard) for shard in merged]
+            self.record["config"]["encoder"] = encoder
+            if old:
+                self._move_old_stages()
             self.save()
+
+    def _move_old_stages(self) -> None:
+        """Earlier versions kept the entries of stages, and a plan, in run.json: each gets its file."""
+        entries = self.record[STAGES]
+        if "plan" in self.record:
+            entries["plan"] = {"finished": _now(), "plan": self.record["plan"]}
+        for name, entry in entries.items():
+            if not storage.exists(self._stage_file(name)):
+                self._write_stage(name, entry)
+        self.record = {name: value for name, value in self.record.items() if name not in (STAGES, "plan")}
 
     @property
     def config(self) -> CorpusConfig:
@@ -192,28 +217,51 @@ class Run:
         return storage.join(self.uri, *parts)
 
     def stage(self, name: str) -> dict[str, Any] | None:
-        """The entry that a finished stage left, or None."""
-        return self.record["stages"].get(name)
+        """The entry that a finished stage left, or None. ValueError, which names the file, if it cannot be read."""
+        try:
+            return _read_entry(self._stage_file(name))
+        except (FileNotFoundError, NotADirectoryError):
+            return self.record.get(STAGES, {}).get(name)
+
+    def stages(self) -> dict[str, dict[str, Any]]:
+        """The entry of every finished stage, by its name, in the order in which they were finished."""
+        folder = self.path(STAGES)
+        names = [_below(uri, folder) for uri in storage.list_files(folder, ".json")]
+        entries = dict(self.record.get(STAGES, {})) | {name: self.stage(name) or {} for name in names}
+        return dict(sorted(entries.items(), key=lambda item: str(item[1].get("finished", ""))))
 
     def finish_stage(self, name: str, **entry: Any) -> None:
-        """Note a finished stage: its counts, seconds and the config that mattered to it.
+        """Note a finished stage: its counts, seconds and the config that mattered to it. Nothing else is written.
 
-        Entries that another command has noted meanwhile stay.
+        Parameters
+        ----------
+        name : str
+            May contain slashes, as `select/hard`.
+        entry
+            JSON-able values.
         """
-        if self.exists(self.uri):
-            self.record["stages"] = self.open(self.uri).record["stages"]
-        self.record["stages"][name] = {"finished": datetime.now(UTC).isoformat(timespec="seconds"), **entry}
-        self.save()
+        self._write_stage(name, {"finished": _now(), **entry})
 
     def forget(self, stage: str, product: str) -> None:
         """Remove what a stage made, so that it is made again."""
+        storage.remove_tree(self._stage_file(stage))
         storage.remove_tree(self.path(product))
-        if self.record["stages"].pop(stage, None) is not None:
-            self.save()
+        if stage in self.record.get(STAGES, {}):
+            del self.record[STAGES][stage]
+            self._update(lambda record: record.get(STAGES, {}).pop(stage, None) is not None)
+
+    def _stage_file(self, name: str) -> str:
+        return self.path(STAGES, *f"{name}.json".split("/"))
+
+    def _write_stage(self, name: str, entry: dict[str, Any]) -> None:
+        storage.write_text_atomic(self._stage_file(name), json.dumps(entry, indent=1, ensure_ascii=False) + "\n")
 
     def require_precision(self, precision: str) -> None:
         """Note in which precision the encoder computes; ValueError if the run's other embeddings have another."""
-        before = self.record.setdefault("precision", precision)
+        if "precision" not in self.record:
+            now = self._update(lambda record: record.setdefault("precision", precision) is precision)
+            self.record["precision"] = now["precision"]
+        before = self.record["precision"]
         if before != precision:
             raise ValueError(
                 f"--device: this run's embeddings were computed in {before}, this device computes in {precision}; "
@@ -221,10 +269,43 @@ class Run:
             )
 
     def settle_classes(self, facts: Sequence[dict[str, Any]]) -> None:
-        """Without names of classes there are as many as the highest label says."""
+        """Without names of classes there are as many as the highest label says; `facts` are those of all shards."""
         if self.config.class_names is None:
             highest = max((f["max_label"] for f in facts if f["max_label"] is not None), default=-1)
-            self.record["classes"] = [str(label) for label in range(highest + 1)]
+            self.set_classes([str(label) for label in range(highest + 1)])
+
+    def set_classes(self, names: Sequence[str]) -> None:
+        """Note the classes. A run that has grown since it was opened keeps those that it has more."""
+
+        def change(record: dict[str, Any]) -> bool:
+            grown = len(record["shards"]) > len(self.record["shards"]) and len(record["classes"]) > len(names)
+            if grown or record["classes"] == names:
+                return False
+            record["classes"] = names
+            return True
+
+        names = list(names)
+        if names != self.classes:
+            self._update(change)
+            self.record["classes"] = names
+
+    def note_verified(self, verified: dict[str, int]) -> None:
+        """Note, by shard, the times of modification with which its bytes were found to be those that were embedded."""
+
+        def change(record: dict[str, Any]) -> bool:
+            record["verified"] = record.get("verified", {}) | verified
+            return True
+
+        if verified:
+            change(self.record)
+            self._update(change)
+
+    def _update(self, change: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
+        """Change run.json as it is now, which is returned; `change` tells whether it did. This handle stays as it is."""
+        now = self.open(self.uri)
+        if change(now.record):
+            now.save()
+        return now.record
 
     def save(self) -> None:
         """Write run.json, whole or not at all."""
@@ -242,6 +323,46 @@ class Run:
                 f"--run {self.uri}: {pending} of {len(found)} shards are not embedded yet; run hardset embed first"
             )
         return found
+
+
+def _check_types(found: Sequence[Shard | CorpusConfig]) -> None:
+    """TypeError, which names the value, where one is not of the type that the dataclass declares."""
+    types = typing.get_type_hints(type(found[0])) if found else {}
+    for name in set(types) - {"class_names"}:
+        for one in found:
+            if type(getattr(one, name)) is not types[name]:
+                raise TypeError(f"{name} is {str(getattr(one, name))[:80]!r}, not {types[name].__name__}")
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
+
+
+def _below(uri: str, folder: str) -> str:
+    """The name of a stage whose entry lies at `uri`."""
+    start, _ = storage.split_query(folder)
+    return storage.split_query(uri)[0].removeprefix(start).strip("/").removesuffix(".json")
+
+
+def _read_json(uri: str) -> Any:
+    """ValueError of one line for what is not JSON, or nested so deep that reading it would exhaust the stack."""
+    try:
+        return json.loads(storage.read_bytes(uri))
+    except RecursionError:
+        raise ValueError("nested too deep") from None
+
+
+def _read_entry(uri: str) -> dict[str, Any]:
+    """An entry of a stage. ValueError, which names the file, for anything that is not one."""
+    try:
+        entry = _read_json(uri)
+    except ValueError as error:
+        raise ValueError(
+            f"{uri}: cannot be read ({storage.first_line(error)}); delete it and start that stage again"
+        ) from None
+    if not isinstance(entry, dict):
+        raise ValueError(f"{uri}: it is not what a stage writes; delete it and start that stage again")
+    return entry
 
 
 def _encoded(record: dict[str, Any]) -> Iterator[str]:

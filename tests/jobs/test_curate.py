@@ -96,7 +96,8 @@ def test_the_whole_way(curated, copied, capsys):
     assert result["select"]["samples"] == 4
     run = curated / "run"
     assert sorted(path.name for path in run.iterdir() if not path.name.startswith(".")) == [
-        "difficulty", "embeddings", "gaussians.npz", "percentiles", "quarantine", "report", "run.json", "subsets",
+        "difficulty", "embeddings", "gaussians.npz", "percentiles", "quarantine", "report", "run.json", "stages",
+        "subsets",
     ]  # fmt: skip
     for group in ("embeddings", "difficulty", "quarantine"):
         assert len(list((run / group).glob("*.parquet"))) == 3
@@ -106,7 +107,8 @@ def test_the_whole_way(curated, copied, capsys):
     assert b"harder" in table.schema.field("rmd").metadata[b"direction"]
     record = json.loads((run / "run.json").read_text())
     assert record["classes"] == ["0", "1", "2"]
-    assert "rmd" in record["stages"]["score"]["quantiles"]
+    assert "rmd" in json.loads((run / "stages/score.json").read_text())["quantiles"]
+    assert (run / "stages/select/hard.json").exists() and "stages" not in record
 
 
 def test_stages_one_by_one_are_the_same_as_curate(tmp_path, curated):

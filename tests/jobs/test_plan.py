@@ -46,8 +46,10 @@ def test_validate_says_what_curate_leaves_out_and_plan_what_it_takes(shards, tmp
     assert plan([*words, "--measure", "2", "--seconds", "0.5", "--json"]) == 0
     planned = last_line(capsys)
     assert not (tmp_path / "run/.parts/plan").exists()
-    before = Run.open(str(tmp_path / "run")).record
-    assert before["stages"] == {} and len(before["shards"]) == 3 and before["plan"]["shards"] == 3
+    before = Run.open(str(tmp_path / "run"))
+    assert (
+        before.stages().keys() == {"plan"} and len(before.shards) == 3 and before.stage("plan")["plan"]["shards"] == 3
+    )
     assert curate([*words, "--max-bad-fraction", "0.2", "--mlflow", "none", "--json"]) == 0
     done = last_line(capsys)["embed"]
     # The same reasons in the same words, and the same fraction.

@@ -67,6 +67,6 @@ def make_run(folder, sizes=(40, 25, 35), classes=3, dim=6, seed=0, labelled=True
         }
         column_groups.write(run.uri, columns.EMBEDDINGS, shard, table, f"by hand {seed} {shard}", **facts)
         start += size
-    run.record["classes"] = [str(label) for label in range(classes)] if labelled else []
+    run.set_classes([str(label) for label in range(classes)] if labelled else [])
     run.finish_stage("embed", rows=len(labels), left_out=0, seconds=0.0)
     return run, features, labels

@@ -383,7 +383,7 @@ def test_the_terminal_shows_intervals_of_a_set_that_has_them(predicted):
 
 
 def test_run_is_unchanged(predicted):
-    assert Run.open(predicted[0].uri).record["stages"].keys() == {
+    assert Run.open(predicted[0].uri).stages().keys() == {
         "embed",
         "fit",
         "score",

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import subprocess
+import sys
 
 import pytest
 
@@ -64,7 +66,10 @@ def test_no_run_there(tmp_path):
 
 def test_a_run_lives_on_an_object_store(s3_folder):
     Run.create(f"{s3_folder}/run", CONFIG, SHARDS).finish_stage("embed", rows=3)
-    assert Run.open(f"{s3_folder}/run").stage("embed")["rows"] == 3
+    run = Run.open(f"{s3_folder}/run")
+    assert run.stage("embed")["rows"] == 3 and run.stage("fit") is None
+    run.finish_stage("select/hard", rows=1)
+    assert [*run.stages()] == ["embed", "select/hard"]
 
 
 def test_run_json_has_a_line_per_shard_and_is_plain_json(tmp_path):
@@ -87,3 +92,89 @@ def test_shards_are_those_of_the_record(tmp_path):
 def test_fingerprints_of_many_are_those_of_one(last):
     parts = ("embeddings", {"z": 1, "a": ("é", None)})
     assert fingerprints(*parts)(last) == fingerprint(*parts, last)
+
+
+def test_four_processes_that_note_twenty_stages_each_keep_eighty(tmp_path):
+    run = Run.create(str(tmp_path), CONFIG, SHARDS)
+    code = (
+        "import sys; from pipelines.runs.record import Run; run = Run.open(sys.argv[1])\n"
+        "for number in range(20): run.finish_stage(f'select/{sys.argv[2]}-{number}', rows=number)"
+    )
+    noting = [subprocess.Popen([sys.executable, "-c", code, run.uri, str(number)]) for number in range(4)]
+    assert [process.wait() for process in noting] == [0] * 4
+    noted = Run.open(run.uri).stages()
+    assert noted.keys() == {f"select/{process}-{number}" for process in range(4) for number in range(20)}
+    assert noted["select/3-19"]["rows"] == 19
+
+
+def test_a_run_that_grows_under_a_running_command_loses_nothing(tmp_path):
+    running = Run.create(str(tmp_path), CONFIG, SHARDS[:2])
+    grown = Run.create(str(tmp_path), CONFIG, SHARDS)
+    grown.set_classes(["0", "1", "2"])
+    running.finish_stage("trust/t", rows=1)
+    running.settle_classes([{"max_label": 0}, {"max_label": 1}])
+    running.require_precision("bfloat16")
+    running.note_verified({"0": 7})
+    assert (running.shards, running.classes) == (SHARDS[:2], ["0", "1"])
+    now = Run.open(str(tmp_path))
+    assert (now.shards, now.classes, now.stage("trust/t")["rows"]) == (SHARDS, ["0", "1", "2"], 1)
+    assert (now.record["precision"], now.record["verified"]) == ("bfloat16", {"0": 7})
+    with pytest.raises(ValueError, match=r"computed in bfloat16, this device computes in float32"):
+        grown.require_precision("float32")
+
+
+def test_a_run_of_an_earlier_version_opens_and_its_stages_move_to_their_files(tmp_path):
+    entry = {"finished": "2026-01-01T00:00:00+00:00", "rows": 7}
+    plan = {"shards": 3}
+    run = Run.create(str(tmp_path), CONFIG, SHARDS)
+    run.record |= {"stages": {"embed": entry, "select/hard": entry | {"rule": "r"}}, "plan": plan}
+    run.save()
+    old = Run.open(str(tmp_path))
+    assert old.stage("embed") == entry and old.stages().keys() == {"embed", "select/hard"}
+    old.finish_stage("fit", rank=1)
+    old.forget("embed", "embeddings")
+    assert Run.open(str(tmp_path)).stages().keys() == {"select/hard", "fit"}
+    moved = Run.create(str(tmp_path), CONFIG, SHARDS)
+    assert "stages" not in json.loads((tmp_path / "run.json").read_text()) and "plan" not in moved.record
+    assert json.loads((tmp_path / "stages/select/hard.json").read_text())["rule"] == "r"
+    assert moved.stages().keys() == {"select/hard", "fit", "plan"} and moved.stage("plan")["plan"] == plan
+
+
+def test_a_stage_is_forgotten_with_its_product(tmp_path):
+    run = Run.create(str(tmp_path), CONFIG, SHARDS)
+    run.finish_stage("select/hard", rows=1)
+    (tmp_path / "subsets/hard").mkdir(parents=True)
+    run.forget("select/hard", "subsets/hard")
+    assert run.stage("select/hard") is None and not (tmp_path / "subsets/hard").exists()
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "{", "[]", "\0", '{"a": ' * 5_000, "9" * 5_000])
+def test_a_strange_entry_of_a_stage_is_one_line_with_its_file(tmp_path, text):
+    run = Run.create(str(tmp_path), CONFIG, SHARDS)
+    (tmp_path / "stages").mkdir()
+    (tmp_path / "stages/fit.json").write_text(text)
+    for read in (lambda: run.stage("fit"), run.stages):
+        with pytest.raises(ValueError, match=r"stages/fit.json: .*start that stage again"):
+            read()
+
+
+@pytest.mark.parametrize(
+    ("where", "value"),
+    [
+        (("config", "width"), "wide"), (("config", "views"), None), (("config", "normalize"), 1), (("shards",), {"a": 1}),
+        (("shards", 0, "size"), "1"), (("shards", 1, "url"), ["x"]), (("classes",), [1]), (("classes",), ["\ud800"]),
+        (("config",), "x"), (("config", "class_names"), 3),
+    ],
+)  # fmt: skip
+def test_a_strange_record_is_one_line(tmp_path, where, value):
+    run = Run.create(str(tmp_path), CONFIG, SHARDS)
+    inner = run.record
+    for step in where[:-1]:
+        inner = inner[step]
+    inner[where[-1]] = value
+    (tmp_path / "run.json").write_text(json.dumps(run.record))
+    with pytest.raises(ValueError, match=r"run.json is not one that hardset wrote"):
+        Run.open(str(tmp_path))
+    (tmp_path / "run.json").write_text("[" * 100_000)
+    with pytest.raises(ValueError, match=r"run.json cannot be read \(nested too deep\)"):
+        Run.open(str(tmp_path))
