@@ -82,7 +82,9 @@ class Command:
 
     def _run(self, options: list[Any]) -> int:
         from pipelines.runs.errors import StageFailed
+        from pipelines.runs.holder import COMMAND
 
+        COMMAND.set(f"hardset {self.name}")
         try:
             result = self.body(*options)
         except KeyboardInterrupt:

@@ -87,7 +87,8 @@ def confusion(options: RunOptions, ensemble: ConfusionOptions) -> dict[str, Any]
             f"trained, {place.workers} workers on {place.device}"
         )
         train = heads.train if ensemble.input == "embeddings" else images.train
-        members = train(run, members, training, ensemble.epochs, place)
+        with run.lease("models/confusion"):
+            members = train(run, members, training, ensemble.epochs, place)
         # What one that has learnt nothing is right about.
         commonest = survey(Source.of(run, input=ensemble.input), len(run.classes)).commonest
         kept, diverged = scoring.usable(members, ensemble.epochs, commonest, ensemble.drop_diverged)
@@ -129,7 +130,8 @@ def _score(
     run: Run, trained: Run, members: list[Member], ensemble: ConfusionOptions, place: Placement
 ) -> dict[str, Any]:
     scorer = heads.HeadScorer if ensemble.input == "embeddings" else images.NetworkScorer
-    counts = scoring.score(run, trained, members, ensemble.epochs, scorer, place)
+    with run.lease(scoring.CONFUSION):
+        counts = scoring.score(run, trained, members, ensemble.epochs, scorer, place)
     say(
         f"confusion: {counts['rows']:,} rows of {run.uri}, {counts['shards_done']} shards done, "
         f"{counts['shards_skipped']} skipped, {duration(counts['seconds'])}"

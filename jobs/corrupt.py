@@ -36,6 +36,8 @@ def corrupt(session: SessionOptions, asked: CorruptOptions) -> dict[str, Any]:
     """Write the copies that are not there yet."""
     from pipelines.corpus.corrupt import corrupt_shards, named_kinds
     from pipelines.corpus.shards import expand_shards
+    from pipelines.runs import storage
+    from pipelines.runs.lease import lease
     from pipelines.runs.progress import duration
 
     kinds, shards = named_kinds(asked.kinds), expand_shards(asked.shards)
@@ -43,7 +45,7 @@ def corrupt(session: SessionOptions, asked: CorruptOptions) -> dict[str, Any]:
         f"shards: {len(shards)}, first {shards[0].url}, last {shards[-1].url}; {len(kinds)} corruptions at severities "
         f"{', '.join(map(str, asked.severities))}"
     )
-    with ray_session(session):
+    with lease(storage.absolute(asked.out), "shards"), ray_session(session):
         counts = corrupt_shards(shards, asked.out, kinds, asked.severities, asked.seed)
     say(
         f"corrupt: {counts['samples']:,} samples written, {counts['left_out']:,} left out, {counts['shards_done']} shards "

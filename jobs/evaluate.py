@@ -82,7 +82,7 @@ def evaluate(options: RunOptions, asked: EvaluateOptions, calibration: Calibrate
         bootstrap=asked.bootstrap,
         seed=asked.seed,
     )
-    with tracked("evaluate", options, asked, calibration) as tracker, ray_session(options):
+    with run.lease("evaluation"), tracked("evaluate", options, asked, calibration) as tracker, ray_session(options):
         answer = sidebyside.side_by_side(run, question, other, fitted)
         sidebyside.show(answer, say)
         drawn = sidebyside.draw(answer) if asked.figures or tracker.run_id else {}

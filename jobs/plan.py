@@ -61,7 +61,8 @@ def plan(session: SessionOptions, asked: PlanOptions, corpus: CorpusOptions, wor
         resources = stages.resources(dataclasses.replace(workers, workers=here))
         picked = [shards[place] for place in evenly(len(shards), asked.measure)]
         say(f"plan: measuring {len(picked)} of {len(shards)} shards, {resources.workers} workers on {resources.device}")
-        with _scratch(run, cluster.capacity().nodes) as scratch:
+        held = contextlib.nullcontext() if run is None else run.lease("plan")
+        with held, _scratch(run, cluster.capacity().nodes) as scratch:
             measured = measure(picked, config, resources, scratch, session_s, asked.seconds)
     samples = None if asked.samples is None else round(asked.samples)
     found = project(measured, len(shards), sum(s.size for s in shards), samples, workers.workers)

@@ -40,7 +40,11 @@ def predict(options: RunOptions, asked: PredictOptions) -> dict[str, Any]:
     run, model = Run.open(options.run), read_classifier(asked.checkpoint)
     if asked.batch_size < 1:
         raise ValueError(f"--batch-size {asked.batch_size}: at least 1")
-    with tracked("predict", options, asked) as tracker, ray_session(options):
+    with (
+        run.lease(f"{prediction.PREDICTIONS}/{asked.name}"),
+        tracked("predict", options, asked) as tracker,
+        ray_session(options),
+    ):
         device = stages.resources(WorkerOptions(device=asked.device)).device
         forward = prediction.Forward(device, asked.batch_size, run.config.max_pixels)
         counts = prediction.predict(run, model, asked.name, forward, storage.absolute(asked.checkpoint), asked.raw)

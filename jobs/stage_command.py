@@ -38,7 +38,8 @@ def stage_command(name: str, summary: str, body: Body, product: str | None = Non
         whole = dataclasses.replace(corpus, overwrite=corpus.overwrite and product is None)
         run = stages.open_run(options, whole, gaussians)
         if corpus.overwrite and product is not None:
-            run.forget(name, product)
+            with run.lease(product):
+                run.forget(name, product)
         with tracked(name, options, corpus, workers, gaussians, weights) as tracker, ray_session(options):
             result = {"run": run.uri, name: body(run, workers, gaussians, weights)}
             tracker.metrics(result)

@@ -117,7 +117,8 @@ def embed(run: Run, workers: WorkerOptions) -> dict[str, Any]:
     """Embed what is not embedded yet, and say how it went."""
     plan = resources(workers)
     say(f"embed: {run.config.encoder}, d = {run.config.width}, {plan.workers} workers on {plan.device}")
-    counts = embedding.embed(run, plan, workers.max_bad_fraction)
+    with run.lease(columns.EMBEDDINGS):
+        counts = embedding.embed(run, plan, workers.max_bad_fraction)
     say(
         f"embed: {counts['rows']:,} embeddings + {counts['left_out']:,} in quarantine, {counts['shards_done']} shards done, "
         f"{counts['shards_skipped']} skipped, {duration(counts['seconds'])}"
@@ -130,10 +131,12 @@ def embed(run: Run, workers: WorkerOptions) -> dict[str, Any]:
 def fit(run: Run, gaussians: GaussianOptions, workers: WorkerOptions) -> dict[str, Any]:
     """Fit the Gaussians, or take another run's."""
     if gaussians.gaussians is not None:
-        entry = fitting.adopt(run, Run.open(gaussians.gaussians, "--gaussians"))
+        with run.lease(fitting.GAUSSIANS):
+            entry = fitting.adopt(run, Run.open(gaussians.gaussians, "--gaussians"))
         say(f"fit: nothing fitted, Gaussians of {gaussians.gaussians} ({entry['samples']:,} samples)")
         return entry
-    entry = fitting.fit(run, gaussians.amount(), array_device(workers))
+    with run.lease(fitting.GAUSSIANS):
+        entry = fitting.fit(run, gaussians.amount(), array_device(workers))
     done = "already fitted on" if entry["skipped"] else f"{duration(entry['seconds'])},"
     say(
         f"fit: {done} {entry['samples']:,} samples, {entry['classes']} classes, d = {entry['width']}, rank {entry['rank']}, "
@@ -149,8 +152,9 @@ def _shrinkage_used(within: float, agnostic: float) -> str:
 def score(run: Run, weights: WeightOptions, workers: WorkerOptions) -> dict[str, Any]:
     """Write the difficulty columns."""
     weighting = scoring.Weighting(weights.temperature, weights.c, weights.scale)
-    centers = None if weights.kmeans is None else scoring.kmeans_centers(run, weights.kmeans, weights.seed)
-    counts = scoring.score(run, weighting, centers, array_device(workers))
+    with run.lease(columns.DIFFICULTY):
+        centers = None if weights.kmeans is None else scoring.kmeans_centers(run, weights.kmeans, weights.seed)
+        counts = scoring.score(run, weighting, centers, array_device(workers))
     say(
         f"score: {counts['rows']:,} rows, {counts['shards_done']} shards done, "
         f"{counts['shards_skipped']} skipped, {duration(counts['seconds'])}"
@@ -160,7 +164,8 @@ def score(run: Run, weights: WeightOptions, workers: WorkerOptions) -> dict[str,
 
 def select(run: Run, options: SelectOptions) -> dict[str, Any]:
     """Write a subset."""
-    entry = selecting.select(run, rule(options), options.name, options.samples_per_shard)
+    with run.lease(f"subsets/{options.name}"):
+        entry = selecting.select(run, rule(options), options.name, options.samples_per_shard)
     done = "already there" if entry["skipped"] else duration(entry["seconds"])
     say(
         f"select {options.name}: {entry['samples']:,} samples, {entry['rule']}, in {entry['shards']} shards, {done}: {entry['path']}"
@@ -172,7 +177,8 @@ def report(run: Run, tracker: Tracker, class_names: Sequence[str] = ()) -> dict[
     """Write the report, and store it with the MLflow run."""
     from pipelines.report import page as reporting  # plots and templates, which no other stage waits for
 
-    entry = reporting.report(run, class_names)
+    with run.lease("report"):
+        entry = reporting.report(run, class_names)
     done = "already there" if entry["skipped"] else f"{entry['bytes'] / 1e6:.1f} MB, {duration(entry['seconds'])}"
     say(f"report: {entry['pictures']:,} pictures, {done}: {entry['path']}")
     if tracker.run_id:

@@ -3,6 +3,7 @@
 hardset train --run RUN --loss difficulty_entropy --weights difficulty.weight --eval-run RUN2
 """
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -162,6 +163,7 @@ def train(
 ) -> dict[str, Any]:
     """Plan, train, and say how good it is."""
     from jobs import stages
+    from pipelines.runs.lease import lease
     from pipelines.runs.record import Run
     from pipelines.training import train as training
     from pipelines.training.objective import LossChoice
@@ -174,10 +176,12 @@ def train(
         raise ValueError(f"--workers {trainer.workers}: must be a divisor of --batch-size {how.batch_size}")
     run = Run.open(options.run)
     eval_run = None if learn.eval_run is None else Run.open(learn.eval_run, "--eval-run")
-    with ray_session(options):
+    with contextlib.ExitStack() as held, ray_session(options):
         device = stages.resources(WorkerOptions(device=trainer.device)).device
         plan = training.plan_training(run, trainer.out or "", loss, how, chosen, eval_run)
-        plan = _settled(plan, run, learn, trainer)
+        plan = _placed(plan, run, learn)
+        held.enter_context(lease(plan.out, "training"))
+        _settle(plan, trainer)
         if done := _result_there(plan):
             say(f"train: already done in {plan.out}; another --out or --overwrite trains again")
             return done
@@ -190,7 +194,8 @@ def train(
             )
             outcome = training.train(plan, workers, log, _say_epoch(plan))
             if learn.correctness != "none":
-                training.write_correctness(run, plan, outcome["history"], learn.correctness)
+                with run.lease(learn.correctness):
+                    training.write_correctness(run, plan, outcome["history"], learn.correctness)
             result = _result(plan, outcome, tracker, time.monotonic() - started)
             tracker.metrics({k: v for k, v in result.items() if isinstance(v, float)})
             _log_artifacts(plan, outcome, tracker)
@@ -245,14 +250,21 @@ def _upsampled(learn: LearnOptions) -> str | None:
     return chosen
 
 
-def _settled(plan: "Plan", run: "Run", learn: LearnOptions, trainer: TrainerOptions) -> "Plan":
-    """The plan with its folder, which holds nothing, or an earlier part of the same training."""
+def _placed(plan: "Plan", run: "Run", learn: LearnOptions) -> "Plan":
+    """The plan with its folder."""
     from pipelines.runs import storage
-    from pipelines.training.checkpoints import read_json
 
     out = plan.out or run.path("models", f"{learn.loss}-{plan.lineage['source'][:12]}")
     plan = dataclasses.replace(plan, out=storage.absolute(out))
     storage.check_writable(plan.out)
+    return plan
+
+
+def _settle(plan: "Plan", trainer: TrainerOptions) -> None:
+    """See that the plan's folder holds nothing, or an earlier part of the same training."""
+    from pipelines.runs import storage
+    from pipelines.training.checkpoints import read_json
+
     if trainer.overwrite:
         for name in ("best", "last", "state.pt", "curve.json", "result.json", "train.json", ".ray"):
             storage.remove_tree(storage.join(plan.out, name))
@@ -260,7 +272,6 @@ def _settled(plan: "Plan", run: "Run", learn: LearnOptions, trainer: TrainerOpti
     if before is not None and before["source"] != plan.lineage["source"]:
         what = _difference(before["config"], plan.lineage["config"])
         raise ValueError(f"--out {plan.out}: holds another training ({what}); take another --out, or --overwrite")
-    return plan
 
 
 def _difference(before: dict[str, Any], now: dict[str, Any]) -> str:

@@ -3,6 +3,7 @@
 hardset trust --checkpoint DIR --run RUN --loss steep_slope --name NAME --eval-run RUN2
 """
 
+import contextlib
 import dataclasses
 import sys
 from typing import Any, Literal
@@ -62,6 +63,7 @@ def trust(options: RunOptions, asked: TrustOptions) -> dict[str, Any]:
     from jobs import stages
     from pipelines.evaluation import trust as oracles
     from pipelines.evaluation.predict import Forward
+    from pipelines.runs.lease import lease
     from pipelines.runs.record import Run
     from pipelines.training.checkpoints import read_classifier
 
@@ -69,7 +71,9 @@ def trust(options: RunOptions, asked: TrustOptions) -> dict[str, Any]:
     others = [Run.open(uri, "--eval-run") for uri in dict.fromkeys(asked.eval_run)]
     names = {field.name for field in dataclasses.fields(oracles.OracleTraining)} - {"signed"}
     training = oracles.OracleTraining(**{name: getattr(asked, name) for name in names}, signed=not asked.raw)
-    with tracked("trust", options, asked) as tracker, ray_session(options):
+    with contextlib.ExitStack() as held, tracked("trust", options, asked) as tracker, ray_session(options):
+        for uri in dict.fromkeys([run.uri, *(other.uri for other in others)]):
+            held.enter_context(lease(uri, f"trust/{asked.name}"))
         device = stages.resources(WorkerOptions(device=asked.device)).device
         forward = Forward(device, max_pixels=run.config.max_pixels)
         entry = oracles.trust(

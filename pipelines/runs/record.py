@@ -5,6 +5,7 @@ writes it. What a finished stage says of itself is a file of its own, `stages/NA
 what another one noted. A command works on the shards of the run as it opened it.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import importlib.metadata
@@ -16,9 +17,11 @@ from datetime import UTC, datetime
 from typing import Any
 
 from pipelines.runs import column_groups, columns, storage
+from pipelines.runs.lease import check_idle, lease
 
 RECORD = "run.json"
 STAGES = "stages"
+RECORD_WAIT_S = 60.0  # run.json is written in a moment, even with a million shards in seconds
 # What --overwrite removes: only what stages write, never a folder that merely happens to lie there.
 PRODUCTS = (
     STAGES, columns.EMBEDDINGS, columns.DIFFICULTY, columns.QUARANTINE, "gaussians.npz", "kmeans.npz", "confusion", "correctness",
@@ -127,12 +130,18 @@ class Run:
         with `overwrite` its products are removed instead.
         """
         storage.check_writable(uri)
+        with lease(uri, RECORD, RECORD_WAIT_S):
+            return cls._create(uri, config, shards, overwrite)
+
+    @classmethod
+    def _create(cls, uri: str, config: CorpusConfig, shards: Sequence[Shard], overwrite: bool) -> "Run":
         if cls.exists(uri):
             run = cls.open(uri)
             if not overwrite:
                 run._refuse_mixing(config)
                 run._extend(shards, config.encoder)
                 return run
+            check_idle(uri, but=RECORD)
             for product in PRODUCTS:
                 storage.remove_tree(storage.join(uri, product))
         record = {
@@ -211,6 +220,10 @@ class Run:
     def classes(self) -> list[str]:
         """Class names; a label is an index into this list. Empty without labels."""
         return self.record["classes"]
+
+    def lease(self, product: str) -> contextlib.AbstractContextManager[None]:
+        """The right to write a product, such as `difficulty` or `subsets/hard`; Busy if another command has it."""
+        return lease(self.uri, product)
 
     def path(self, *parts: str) -> str:
         """URI of something inside the run."""
@@ -302,13 +315,14 @@ class Run:
 
     def _update(self, change: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
         """Change run.json as it is now, which is returned; `change` tells whether it did. This handle stays as it is."""
-        now = self.open(self.uri)
-        if change(now.record):
-            now.save()
+        with lease(self.uri, RECORD, RECORD_WAIT_S):
+            now = self.open(self.uri)
+            if change(now.record):
+                now.save()
         return now.record
 
     def save(self) -> None:
-        """Write run.json, whole or not at all."""
+        """Write run.json, whole or not at all; for who holds its lease."""
         self.record["versions"] = library_versions()
         with storage.write_atomic(self.path(RECORD)) as file:
             for piece in _encoded(self.record):
