@@ -6,7 +6,7 @@ hardset curate --shards 'DIR/train-{000000..000049}.tar' --run RUN --encoder ope
 import sys
 
 from jobs.command import Command
-from jobs.options import CorpusOptions, GaussianOptions, RunOptions, SelectOptions, WeightOptions, WorkerOptions
+from jobs.options import CorpusOptions, GaussianOptions, RunOptions, SubsetOptions, WeightOptions, WorkerOptions
 from jobs.session import ray_session, tracked
 
 
@@ -16,24 +16,22 @@ def curate(
     workers: WorkerOptions,
     gaussians: GaussianOptions,
     weights: WeightOptions,
-    selection: SelectOptions,
+    selection: SubsetOptions,
 ) -> dict:
     """All stages, one after the other; each does only what is missing."""
     from jobs import stages
-    from pipelines.runs import column_groups, columns
 
     groups = (corpus, workers, gaussians, weights, selection)
-    stages.check_selection(selection)
+    stages.check_selection(selection, weights.seed)
     run = stages.open_run(options, corpus, gaussians)
-    if not selection.by.startswith(columns.DIFFICULTY + "."):  # which curate makes, and no other
-        column_groups.check_score(run.uri, len(run.shards), selection.by, "--by")
+    stages.check_selected_groups(run, selection)
     with tracked("curate", options, *groups) as tracker, ray_session(options):
         result = {
             "run": run.uri,
             "embed": stages.embed(run, workers),
             "fit": stages.fit(run, gaussians, workers),
             "score": stages.score(run, weights, workers),
-            "select": stages.select(run, stages.ranked_by_what_is_there(run, selection)),
+            "select": stages.select_hard(run, selection, weights.seed),
             "report": stages.report(run, tracker),
         }
         tracker.metrics(result)
@@ -43,7 +41,7 @@ def curate(
 COMMAND = Command(
     "curate",
     __doc__,
-    (RunOptions, CorpusOptions, WorkerOptions, GaussianOptions, WeightOptions, SelectOptions),
+    (RunOptions, CorpusOptions, WorkerOptions, GaussianOptions, WeightOptions, SubsetOptions),
     curate,
 )
 main = COMMAND.main

@@ -130,7 +130,7 @@ class WeightOptions:
     kmeans: int | None = None
     """also write the distance to the nearest of this many k-means centres (a number of clusters)"""
     seed: int = 0
-    """seed of k-means"""
+    """seed of k-means, and of curate's --stratify and --random"""
 
     def __post_init__(self) -> None:
         at_least(self, 1, ("kmeans",))
@@ -141,17 +141,26 @@ class WeightOptions:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SelectOptions:
+class SubsetOptions:
     """The subset."""
 
     by: str = "difficulty.rmd"
     """GROUP.COLUMN that ranks the samples"""
     top: int | float | None = None
-    """the highest: a fraction in (0, 1] such as 0.1, or a number of samples such as 500 (default 0.1)"""
+    """the highest: a fraction in (0, 1], such as 0.1, of the samples that pass, or a number of samples such as 500 (default 0.1)"""
     bottom: int | float | None = None
     """the lowest instead"""
     per_class: bool = False
     """take that fraction or number of every class"""
+    where: str | None = None
+    """condition on a sample's columns, in SQL: "difficulty.margin < 0 and embeddings.label <> 3"; null counts as no. curate's
+    subset has "difficulty.margin < 0" where there are margins and --by is of difficulty/; '' turns that off"""
+    stratify: str | None = None
+    """COLUMN:N: as many of each of N equally full intervals of this column, drawn at random by --seed, not by --by"""
+    exclude: list[str] = dataclasses.field(default_factory=list)
+    """leave out the samples of these subsets of the run"""
+    random: bool = False
+    """draw that fraction or number at random by --seed: a control of the same size"""
     name: str = "hard"
     """folder under subsets/"""
     samples_per_shard: int = 1000
@@ -167,8 +176,32 @@ class SelectOptions:
                 f"--{'top' if self.bottom is None else 'bottom'} {amount}: expected a fraction in (0, 1] such as 0.1, "
                 "or a whole number of samples such as 500"
             )
+        self.intervals()
 
     @property
     def amount(self) -> int | float:
         """How many: a fraction if it is a float."""
         return next((value for value in (self.top, self.bottom) if value is not None), 0.1)
+
+    def intervals(self) -> tuple[str, int] | None:
+        """Column and number of --stratify."""
+        if self.stratify is None:
+            return None
+        column, colon, number = self.stratify.rpartition(":")
+        if not colon or not number.isdecimal() or int(number) < 1:
+            raise ValueError(
+                f"--stratify {self.stratify}: expected COLUMN:N with a number of intervals, such as difficulty.rmd:20"
+            )
+        return column, int(number)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SelectOptions(SubsetOptions):
+    """The subset."""
+
+    seed: int = 0
+    """of --stratify and --random"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least(self, 0, ("seed",))

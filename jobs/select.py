@@ -1,6 +1,6 @@
-"""A rule over a score column -> a subset of webdataset shards, manifest and card.
+"""A rule over the columns of a run -> a subset of webdataset shards, manifest and card.
 
-hardset select --run RUN --by difficulty.rmd --top 0.1 --per-class --name hard
+hardset select --run RUN --by difficulty.rmd --where 'difficulty.margin < 0' --top 0.1 --name hard
 """
 
 import sys
@@ -17,7 +17,7 @@ def select(options: RunOptions, selection: SelectOptions) -> dict:
 
     run = Run.open(options.run)
     with tracked("select", options, selection) as tracker, ray_session(options):
-        result = {"run": run.uri, "select": stages.select(run, selection)}
+        result = {"run": run.uri, "select": stages.select(run, stages.rule(selection, selection.seed), selection)}
         tracker.metrics(result)
     return result
 

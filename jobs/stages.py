@@ -6,17 +6,20 @@ from collections.abc import Sequence
 from typing import Any
 
 from jobs.command import say
-from jobs.options import CorpusOptions, GaussianOptions, RunOptions, SelectOptions, WeightOptions, WorkerOptions
+from jobs.options import CorpusOptions, GaussianOptions, RunOptions, SubsetOptions, WeightOptions, WorkerOptions
 from jobs.session import Tracker
 from pipelines.corpus.shards import LabelSource, expand_shards
+from pipelines.curation import conditions
 from pipelines.curation import embed as embedding
 from pipelines.curation import fit as fitting
 from pipelines.curation import score as scoring
 from pipelines.curation import select as selecting
 from pipelines.curation.workers import Resources
-from pipelines.runs import cluster, columns, storage
+from pipelines.runs import cluster, column_groups, columns, storage
 from pipelines.runs.progress import bottleneck, duration
 from pipelines.runs.record import CorpusConfig, Run
+
+TRUSTED = "difficulty.margin < 0"  # nearer its own class than any other
 
 
 def open_run(options: RunOptions, corpus: CorpusOptions, gaussians: GaussianOptions | None = None) -> Run:
@@ -104,13 +107,26 @@ def array_device(workers: WorkerOptions) -> str:
     return device
 
 
-def check_selection(selection: SelectOptions) -> None:
+def check_selection(selection: SubsetOptions, seed: int = 0) -> None:
     """Find the mistakes in a subset's rule and name that can be found before any work."""
     columns.check_name("--name", selection.name)
-    group, column = columns.split_name(rule(selection).by, "--by")
+    group, column = columns.split_name(rule(selection, seed).by, "--by")
     scores = [n for n in (*columns.DIFFICULTY_SCHEMA.names, columns.KMEANS.name) if n not in columns.KEYS_AND_LABEL]
     if group == columns.DIFFICULTY and column not in scores:
         raise ValueError(f"--by {selection.by}: there is no such score, there are {', '.join(scores)}")
+    if selection.where:
+        conditions.columns_of(selection.where)
+
+
+def check_selected_groups(run: Run, selection: SubsetOptions) -> None:
+    """ValueError unless the run has what a subset is chosen by, but for what curate itself makes."""
+    made = (columns.EMBEDDINGS, columns.DIFFICULTY)
+    asked = [("--by", selection.by), *([("--stratify", column[0])] if (column := selection.intervals()) else [])]
+    for option, column in asked:
+        if columns.split_name(column, option)[0] not in made:
+            column_groups.check_score(run.uri, len(run.shards), column, option)
+    if selection.where:
+        conditions.fields_of(run, selection.where, later=made)
 
 
 def embed(run: Run, workers: WorkerOptions) -> dict[str, Any]:
@@ -162,15 +178,31 @@ def score(run: Run, weights: WeightOptions, workers: WorkerOptions) -> dict[str,
     return counts
 
 
-def select(run: Run, options: SelectOptions) -> dict[str, Any]:
+def select(run: Run, chosen: selecting.Rule, options: SubsetOptions) -> dict[str, Any]:
     """Write a subset."""
+    columns.check_name("--name", options.name)
     with run.lease(f"subsets/{options.name}"):
-        entry = selecting.select(run, rule(options), options.name, options.samples_per_shard)
+        entry = selecting.select(run, chosen, options.name, options.samples_per_shard)
     done = "already there" if entry["skipped"] else duration(entry["seconds"])
     say(
         f"select {options.name}: {entry['samples']:,} samples, {entry['rule']}, in {entry['shards']} shards, {done}: {entry['path']}"
     )
+    if isinstance(chosen.count, int) and entry["samples"] < chosen.count and not chosen.per_class:
+        say(f"select {options.name}: {chosen.count:,} asked for, no more of {entry['scored']:,} samples pass")
     return entry
+
+
+def select_hard(run: Run, options: SubsetOptions, seed: int) -> dict[str, Any]:
+    """curate's subset: hard, and with a label that its own features do not speak against."""
+    options = ranked_by_what_is_there(run, options)
+    trusted = with_trusted_labels(run, options)
+    try:
+        return select(run, rule(trusted, seed), trusted)
+    except selecting.NothingPasses:
+        if trusted == options:
+            raise
+    say(f"select: no sample passes {TRUSTED!r}, so by {options.by} alone: wrong labels may be among them")
+    return select(run, rule(options, seed), options)
 
 
 def report(run: Run, tracker: Tracker, class_names: Sequence[str] = ()) -> dict[str, Any]:
@@ -186,14 +218,35 @@ def report(run: Run, tracker: Tracker, class_names: Sequence[str] = ()) -> dict[
     return entry
 
 
-def rule(options: SelectOptions) -> selecting.Rule:
+def rule(options: SubsetOptions, seed: int) -> selecting.Rule:
     """The rule that the options spell."""
-    return selecting.Rule(options.by, options.amount, options.bottom is not None, options.per_class)
+    return selecting.Rule(
+        options.by,
+        options.amount,
+        options.bottom is not None,
+        options.per_class,
+        options.where or "",
+        options.intervals(),
+        tuple(options.exclude),
+        options.random,
+        seed,
+    )
 
 
-def ranked_by_what_is_there(run: Run, options: SelectOptions) -> SelectOptions:
-    """Without classes there is no rmd; the class-agnostic distance then ranks the samples."""
-    if options.by == "difficulty.rmd" and not run.stage("fit")["classes"]:
-        say("select: no labels and no classes, so by difficulty.md_agn")
+def ranked_by_what_is_there(run: Run, options: SubsetOptions) -> SubsetOptions:
+    """With fewer than two classes there is no rmd, or only rounding noise; the class-agnostic distance then ranks."""
+    classes = run.stage("fit")["classes"]
+    if options.by == "difficulty.rmd" and classes < 2:
+        say(f"select: {'one class' if classes else 'no labels and no classes'}, so by difficulty.md_agn")
         return dataclasses.replace(options, by="difficulty.md_agn")
     return options
+
+
+def with_trusted_labels(run: Run, options: SubsetOptions) -> SubsetOptions:
+    """Without a condition of the user's: one on the margin, where there are margins and a difficulty ranks."""
+    if options.where is not None or not options.by.startswith(columns.DIFFICULTY + "."):
+        return options
+    if not column_groups.has_values(run.uri, len(run.shards), "difficulty.margin"):
+        say(f"select: no sample has a margin, so by {options.by} alone: wrong labels may be among them")
+        return options
+    return dataclasses.replace(options, where=TRUSTED)

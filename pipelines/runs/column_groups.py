@@ -209,6 +209,15 @@ def check_score(run_uri: str, num_shards: int, column: str, option: str) -> list
     return found
 
 
+def has_values(run_uri: str, num_shards: int, column: str) -> bool:
+    """Whether any sample has a value in a column of numbers; reads shard by shard until one has."""
+    group, name = columns.split_name(column)
+    return any(
+        pa.compute.any(pa.compute.is_finite(read(run_uri, group, shard, [name])[name])).as_py()
+        for shard in range(num_shards)
+    )
+
+
 def schema(run_uri: str, group: str, shard: int = 0) -> pa.Schema:
     """Schema of a column group, read from one shard's file."""
     filesystem, path = storage.open_filesystem(storage.join(run_uri, file_name(group, shard)))

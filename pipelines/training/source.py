@@ -2,9 +2,9 @@
 
 import dataclasses
 
-import numpy as np
 import pyarrow as pa
 
+from ops.draws import uniform
 from pipelines.runs import column_groups
 from pipelines.runs.record import Run, Shard
 
@@ -45,13 +45,3 @@ class Source:
             held = uniform(self.seed, shard, table["row"].to_numpy()) < self.holdout
             keep &= held == (self.part == "holdout")
         return table.filter(pa.array(keep))
-
-
-def uniform(seed: int, shard: int, rows: np.ndarray, epoch: int = 0) -> np.ndarray:
-    """A number (n,) in [0, 1) for each row: a hash, the same on every machine (splitmix64)."""
-    mixed = np.random.SeedSequence([seed, shard, epoch]).generate_state(1, np.uint64)[0]
-    with np.errstate(over="ignore"):
-        x = rows.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + mixed
-        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return ((x ^ (x >> np.uint64(31))) >> np.uint64(11)).astype(np.float64) * 2.0**-53

@@ -13,7 +13,7 @@ from pipelines.runs import column_groups
 from pipelines.training.decode import Augmentation, PictureDecoder, ahead
 from pipelines.training.groups import GroupRule, Resampling
 from pipelines.training.ingest import Loader, share_of
-from pipelines.training.source import Source, uniform
+from pipelines.training.source import Source
 from pipelines.training.survey import check_trainable, moments, survey
 from tests.pipelines.synthetic import make_run
 
@@ -176,17 +176,6 @@ def test_shares_cover_all_positions_and_are_equal(counts, world):
     taken = [[(p.shard, i) for p in share for i in range(p.start, p.stop)] for share in shares]
     assert {len(part) for part in taken} == {-(-sum(counts) // world)}
     assert set().union(*taken) == {(s, i) for s, n in enumerate(counts) for i in range(n)}
-
-
-def test_the_hash_is_uniform_and_depends_on_each_part():
-    u = uniform(1, 2, np.arange(20_000))
-    assert abs(u.mean() - 0.5) < 0.01 and abs((u < 0.1).mean() - 0.1) < 0.01 and u.min() >= 0 and u.max() < 1
-    for other in (
-        uniform(2, 2, np.arange(20_000)),
-        uniform(1, 3, np.arange(20_000)),
-        uniform(1, 2, np.arange(20_000), 1),
-    ):
-        assert abs(np.corrcoef(u, other)[0, 1]) < 0.03
 
 
 def test_augmentation_is_a_crop_of_the_padded_picture_and_reproducible():
