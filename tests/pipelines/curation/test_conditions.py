@@ -55,7 +55,7 @@ def test_labels_are_those_of_the_group(run):
 
 WRONG = {
     "toy.score < < 0": "character 13: syntax error",
-    "toy.score < 0; drop table x": "",
+    "toy.score < 0; drop table x": "Only SELECT",
     "toy.score < 0) or (true": "character 14",
     "toy.score < 0 limit 3": "one boolean expression",
     "toy.score < 0 union select true": "one boolean expression",
@@ -76,8 +76,8 @@ WRONG = {
     "toy.score < 0 or current_setting('threads') = '1'": "character 18: current_setting\\(\\) is no function",
     "read_csv('/etc/passwd') is null": "read_csv\\(\\) is no function",
     "getvariable('x') = 1": "no function",
-    "* > 0": "",
-    "columns('score') > 0": "\\* may not be used",
+    "* > 0": r"\* may not be used|syntax error",
+    "columns('score') > 0": r"\* may not be used",
     "$1 > 0": "one boolean expression",
 }
 
