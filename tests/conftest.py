@@ -32,15 +32,27 @@ os.environ.update(
 
 @pytest.fixture(scope="session")
 def ray_session():
-    """A local Ray of 4 logical cores for all tests (each worker process costs seconds of imports)."""
-    import ray
-
+    """As in a command: a local Ray of 4 logical cores, started by what needs it; small work is done in this process."""
     from jobs.session import start_ray
+    from pipelines.runs import cluster
 
-    start_ray(address="local", num_cpus=4, include_dashboard=False, object_store_memory=200 << 20)
-    ray.data.DataContext.get_current().enable_progress_bars = False
-    yield ray
-    ray.shutdown()
+    def start() -> None:
+        import ray
+
+        start_ray(address="local", num_cpus=4, include_dashboard=False, object_store_memory=200 << 20)
+        ray.data.DataContext.get_current().enable_progress_bars = False
+
+    with cluster.session(start, 4):
+        yield
+
+
+@pytest.fixture
+def work_in_ray(ray_session, monkeypatch):
+    """Everything is done by Ray's workers, however small it is; the package `ray`, connected."""
+    from pipelines.runs import cluster
+
+    monkeypatch.setattr(cluster, "small_work_stays_here", lambda: False)
+    return cluster.connect()
 
 
 @pytest.fixture(scope="session")

@@ -168,7 +168,7 @@ def test_a_shard_that_vanished_or_was_cut_since_it_was_listed_fails(shard, monke
         list(read_shard(0, shard, CLS))
 
 
-def test_through_ray_equals_reading_alone(ray_session, tmp_path, make_shard):
+def test_through_ray_equals_reading_alone(work_in_ray, tmp_path, make_shard):
     for number, count in enumerate((70, 1, 40)):
         make_shard(tmp_path / f"{number}.tar", map(sample, range(count)))
     pending = [(number + 5, found) for number, found in enumerate(expand_shards(str(tmp_path)))]
@@ -180,7 +180,7 @@ def test_through_ray_equals_reading_alone(ray_session, tmp_path, make_shard):
         mine = table.filter(pa.compute.equal(table["shard"], number)).sort_by("position")
         assert without_end(mine) == without_end(table_of(found, number))
         assert end_of(mine)["entries"] == mine.num_rows - 1
-    context = ray_session.data.DataContext.get_current()
+    context = work_in_ray.data.DataContext.get_current()
     assert context.target_max_block_size != 20_000, "the caller's settings must stay"
 
 
@@ -193,15 +193,15 @@ def killed_once(number, shard, marker):
         yield table
 
 
-def test_through_ray_a_killed_reader_loses_and_doubles_nothing(ray_session, tmp_path, shard):
+def test_through_ray_a_killed_reader_loses_and_doubles_nothing(work_in_ray, tmp_path, shard):
     source = ShardSource([(0, shard)], functools.partial(killed_once, marker=str(tmp_path / "killed")))
-    dataset = ray_session.data.read_datasource(source, override_num_blocks=1, num_cpus=0.25)
+    dataset = work_in_ray.data.read_datasource(source, override_num_blocks=1, num_cpus=0.25)
     table = pa.concat_tables(dataset.iter_batches(batch_size=None, batch_format="pyarrow")).cast(SAMPLES)
     assert os.path.exists(tmp_path / "killed")
     assert without_end(table) == without_end(table_of(shard))
 
 
-def test_through_ray_nothing_pending(ray_session):
+def test_through_ray_nothing_pending(work_in_ray):
     assert read_shards([], CLS).count() == 0
 
 

@@ -69,7 +69,7 @@ def check(run, features):
         assert read["embeddings"] == column_groups.facts(run.uri, "embeddings", shard)["source"]
 
 
-@pytest.mark.usefixtures("ray_session")
+@pytest.mark.usefixtures("work_in_ray")
 @pytest.mark.parametrize("pool", [None, Pool(2, 0.5), Pool((1, 2), 0.5)])
 def test_a_stage_writes_each_shard_once_and_notes_itself(tmp_path, pool, capsys):
     run, features, _ = make_run(tmp_path)
@@ -85,7 +85,7 @@ def test_a_stage_writes_each_shard_once_and_notes_itself(tmp_path, pool, capsys)
     check(run, features)
 
 
-@pytest.mark.usefixtures("ray_session")
+@pytest.mark.usefixtures("work_in_ray")
 @pytest.mark.parametrize("pool", [None, Pool(2, 0.5)])
 def test_a_worker_that_is_killed_loses_and_doubles_nothing(tmp_path, pool):
     run, features, _ = make_run(tmp_path)
@@ -96,7 +96,7 @@ def test_a_worker_that_is_killed_loses_and_doubles_nothing(tmp_path, pool):
     assert facts["rows"] == 25 and facts["largest"] == column_groups.read(run.uri, "norms", 1)["norm"].to_numpy().max()
 
 
-@pytest.mark.usefixtures("ray_session")
+@pytest.mark.usefixtures("work_in_ray")
 def test_other_rows_than_embeddings_fail_the_stage(tmp_path):
     run, _, _ = make_run(tmp_path)
     with pytest.raises(StageFailed, match=r"norms: .* rows for the .* embeddings of shard"):

@@ -7,7 +7,7 @@ import pytest
 
 from pipelines.runs.tasks import in_order, merged_parts
 
-pytestmark = pytest.mark.usefixtures("ray_session")
+pytestmark = pytest.mark.usefixtures("work_in_ray")
 
 
 def times(number, factor):
