@@ -8,7 +8,6 @@ hard links to a few Parquet files (a listing and a million footers cost what the
 """
 
 import argparse
-import dataclasses
 import json
 import os
 import resource
@@ -82,7 +81,7 @@ def record(folder: Path, count: int) -> dict:
 
 def indented(folder: Path, count: int) -> dict:
     """The same record through json.dumps(indent=1), as run.json was written before."""
-    record = {"shards": [dataclasses.asdict(shard) for shard in entries(count)]}
+    record = {"shards": [shard.found() for shard in entries(count)]}
     before = peak_mib()
     text, seconds = timed(lambda: json.dumps(record, indent=1, ensure_ascii=False))
     return {"seconds": seconds, "mb": len(text) / 1e6, "before_mib": before, "peak_mib": peak_mib()}

@@ -40,7 +40,7 @@ def corrupt(session: SessionOptions, asked: CorruptOptions) -> dict[str, Any]:
     from pipelines.runs.lease import lease
     from pipelines.runs.progress import duration
 
-    kinds, shards = named_kinds(asked.kinds), expand_shards(asked.shards)
+    kinds, shards = named_kinds(asked.kinds), expand_shards(asked.shards, tell=say)
     say(
         f"shards: {len(shards)}, first {shards[0].url}, last {shards[-1].url}; {len(kinds)} corruptions at severities "
         f"{', '.join(map(str, asked.severities))}"

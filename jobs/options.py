@@ -51,6 +51,8 @@ class CorpusOptions:
 
     shards: str | None = None
     """webdataset shards: quoted braces, globs, a folder, s3://…, a text file of URLs, '::' between sources"""
+    moved: list[str] = dataclasses.field(default_factory=list)
+    """FROM=TO: shards of the run that lay below FROM lie below TO now; nothing is embedded again"""
     encoder: str | None = None
     """open_clip:MODEL/TAG, open_clip:MODEL@FILE, timm:NAME, timm:NAME@FILE, pixels:SIZE, module:FILE.py:FACTORY or
     module:package.module:FACTORY"""
@@ -58,6 +60,12 @@ class CorpusOptions:
     """cls (the default), json:FIELD, or none for images without labels"""
     classes: str | None = None
     """text file of class names, one a line, in the order of the labels; then cls may hold names"""
+    image: str | None = None
+    """suffix of the member that is the image, such as input.jpg, where samples have several (default: the only one)"""
+    label_member: str | None = None
+    """suffix of the member that holds the label, such as output.cls (default: the only one of the kind that label names)"""
+    exif: Literal["ignore", "apply"] | None = None
+    """whether a picture is turned as its EXIF data says (default ignore, as the loaders of open_clip and webdataset do)"""
     views: int | None = None
     """views per image that the Gaussians are fitted on: the plain one and views - 1 augmented (default 1; the paper: 5)"""
     normalize: bool = False

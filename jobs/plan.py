@@ -84,7 +84,7 @@ def _corpus(asked: PlanOptions, corpus: CorpusOptions) -> tuple[Any, Any, list]:
     for name in ("shards", "encoder"):
         if getattr(corpus, name) is None:
             raise ValueError(f"--{name}: needed, or --run of a run that has it")
-    shards = expand_shards(corpus.shards)
+    shards = expand_shards(corpus.shards, tell=say)
     say(f"shards: {len(shards)}, {sum(s.size for s in shards) / 1e6:,.1f} MB")
     return None, stages.corpus_config(corpus, None), shards
 

@@ -23,10 +23,11 @@ class ReportOptions:
 def report(options: RunOptions, asked: ReportOptions) -> dict[str, Any]:
     """Write RUN/report/index.html, unless it is there and up to date."""
     from jobs import stages
+    from pipelines.corpus.text import read_names
     from pipelines.runs.record import Run
 
     run = Run.open(options.run)
-    names = stages.read_names(asked.classes) if asked.classes else ()
+    names = read_names(asked.classes) if asked.classes else ()
     with tracked("report", options, asked) as tracker, ray_session(options):
         entry = stages.report(run, tracker, names)
         tracker.metrics(entry)

@@ -8,7 +8,11 @@ from typing import Any
 from jobs.command import say
 from jobs.options import CorpusOptions, GaussianOptions, RunOptions, SubsetOptions, WeightOptions, WorkerOptions
 from jobs.session import Tracker
-from pipelines.corpus.shards import LabelSource, expand_shards
+from pipelines.corpus import moved as moving
+from pipelines.corpus.samples import label_source, plain_suffix
+from pipelines.corpus.shardlist import look_up
+from pipelines.corpus.shards import expand_shards
+from pipelines.corpus.text import read_names
 from pipelines.curation import conditions
 from pipelines.curation import embed as embedding
 from pipelines.curation import fit as fitting
@@ -16,8 +20,9 @@ from pipelines.curation import score as scoring
 from pipelines.curation import select as selecting
 from pipelines.curation.workers import Resources
 from pipelines.runs import cluster, column_groups, columns, storage
+from pipelines.runs.errors import UserError
 from pipelines.runs.progress import bottleneck, duration
-from pipelines.runs.record import CorpusConfig, Run
+from pipelines.runs.record import CorpusConfig, Run, Shard
 
 TRUSTED = "difficulty.margin < 0"  # nearer its own class than any other
 
@@ -34,7 +39,8 @@ def open_run(options: RunOptions, corpus: CorpusOptions, gaussians: GaussianOpti
             f"--{missing}: needed, as {options.run} is not a run yet (webdataset shards and an encoder make one)"
         )
     known = Run.open(options.run) if there else None
-    shards = known.shards if corpus.shards is None else expand_shards(corpus.shards)
+    moves = moving.parse_moves(corpus.moved)
+    shards = _listed(options, corpus, known, moves)
     if corpus.shards is not None:
         say(
             f"shards: {len(shards)}, {sum(s.size for s in shards) / 1e6:,.1f} MB, first {shards[0].url}, last {shards[-1].url}"
@@ -42,12 +48,30 @@ def open_run(options: RunOptions, corpus: CorpusOptions, gaussians: GaussianOpti
     config = known.config if known is not None and not _asks(corpus) else corpus_config(corpus, known and known.config)
     if gaussians is not None and gaussians.gaussians is not None:
         fitting.check_adoptable(config, Run.open(gaussians.gaussians, "--gaussians"))
-    return Run.create(options.run, config, shards, overwrite=corpus.overwrite)
+    moved = moving.take_up(known, shards, moves) if known is not None else {}
+    if moved:
+        old, new = next(iter(moved.items()))
+        say(f"shards: {len(moved)} of the run lie elsewhere now and are taken up there, the first {old} as {new}")
+    return Run.create(options.run, config, shards, overwrite=corpus.overwrite, moved=moved)
+
+
+def _listed(options: RunOptions, corpus: CorpusOptions, known: Run | None, moves: list[tuple[str, str]]) -> list[Shard]:
+    """The shards that the options name; where they name none, those of the run, moved ones where they lie now."""
+    if corpus.shards is not None:
+        return expand_shards(corpus.shards, options.run, say)
+    if not moves:
+        return known.shards
+    urls = [moving.moved_url(shard.url, moves) for shard in known.shards]
+    found = look_up(urls, "moved")
+    missing = [file.url for file in found if file.kind == "missing"]
+    if missing:
+        raise UserError(f"{len(missing)} shards are not there, the first is {missing[0]}", "moved")
+    return [Shard(file.url, file.size, file.mtime_ns) for file in found]
 
 
 def _asks(corpus: CorpusOptions) -> bool:
     """Whether an option says how the corpus is embedded; what all leave open, a run that is there knows."""
-    others = ("shards", "overwrite")
+    others = ("shards", "moved", "overwrite")
     return any(getattr(corpus, f.name) != f.default for f in dataclasses.fields(corpus) if f.name not in others)
 
 
@@ -55,7 +79,9 @@ def corpus_config(corpus: CorpusOptions, known: CorpusConfig | None) -> CorpusCo
     """What the options say; where they say nothing, what the run that is there was made with; else the defaults."""
     from ops.encoders import load_encoder  # torch, which a command that names no encoder does not wait for
 
-    asked = {name: getattr(corpus, name) for name in ("label", "views", "dtype", "max_pixels")}
+    asked = {name: getattr(corpus, name) for name in ("label", "views", "dtype", "max_pixels", "exif")}
+    for name in ("image", "label_member"):
+        asked[name] = None if getattr(corpus, name) is None else plain_suffix(getattr(corpus, name))
     asked["normalize"] = corpus.normalize or None
     if corpus.classes is not None:
         asked["class_names"] = read_names(corpus.classes)
@@ -69,17 +95,8 @@ def corpus_config(corpus: CorpusOptions, known: CorpusConfig | None) -> CorpusCo
         raise ValueError(f"--{error}") from None  # «encoder 'x': …»
     values |= {"encoder": encoder.spec, "encoder_fingerprint": encoder.fingerprint, "width": encoder.width}
     config = CorpusConfig(**values)
-    LabelSource(config.label, config.class_names)  # its own ValueError for a label source that is none
+    label_source(config)  # its own UserError for a label source that is none
     return config
-
-
-def read_names(uri: str) -> tuple[str, ...]:
-    """Class names from a text file, one a line."""
-    try:
-        text = storage.read_bytes(uri).decode()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"--classes {uri}: cannot be read as a text file ({error})") from None
-    return tuple(line.strip() for line in text.splitlines() if line.strip())
 
 
 def resources(workers: WorkerOptions) -> Resources:

@@ -43,15 +43,15 @@ class ValidateOptions:
 
 def validate(session: SessionOptions, asked: ValidateOptions) -> dict[str, Any]:
     """Read, tell; `failed` says so when more is bad than allowed."""
-    from jobs import stages
     from pipelines.corpus import validate as validating
     from pipelines.corpus.samples import LabelSource
     from pipelines.corpus.shards import expand_shards
+    from pipelines.corpus.text import read_names
 
-    names = None if asked.classes is None else stages.read_names(asked.classes)
+    names = None if asked.classes is None else read_names(asked.classes)
     LabelSource(asked.label, names)  # its own ValueError for a label source that is none
     encoder = _encoder(asked.encoder)
-    shards = expand_shards(asked.shards)
+    shards = expand_shards(asked.shards, tell=say)
     check = validating.Check(asked.label, names, asked.decode_every, asked.max_pixels)
     with ray_session(session):
         found = validating.validate(shards, check, asked.most_shards)

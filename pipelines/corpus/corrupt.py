@@ -142,7 +142,7 @@ def _record(target: str, shard: Shard, corruption: Corruption) -> dict | None:
 
 
 def _source(shard: Shard, corruption: Corruption) -> str:
-    return fingerprint("corrupt", dataclasses.asdict(shard), dataclasses.asdict(corruption))
+    return fingerprint("corrupt", shard.found(), dataclasses.asdict(corruption))
 
 
 def corrupt_shard(number: int, shard: Shard, target: str, corruption: Corruption) -> dict[str, int]:

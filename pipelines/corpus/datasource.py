@@ -38,11 +38,8 @@ def read_shards(
     Returns
     -------
     dataset : ray.data.Dataset
-        Blocks of a shard hold its rows in order. Its last row has `end`, JSON with `entries` (rows of this shard
-        before that one), `samples` (numbered, good or not), `left_out`,
-        `ignored` (members of no sample, such as README), `digest` (sha256), `bytes`, `seconds` (spent
-        reading). entries = samples, plus one if the shard has an unreadable rest. A shard's blocks are the same each
-        time it is read (but for `seconds`).
+        Blocks of a shard hold its rows in order; its last row has `end`, as `read_shard` says. A shard's blocks are the
+        same each time it is read (but for the seconds in it).
     """
     if not pending:
         return ray.data.from_arrow(SAMPLES.empty_table())

@@ -10,13 +10,22 @@ import itertools
 import json
 import tarfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 
-from pipelines.corpus.samples import IMAGE_SUFFIXES, MAX_IMAGE_BYTES, Entry, LabelSource, SampleNumbering, read_samples
+from pipelines.corpus.samples import (
+    IMAGE_SUFFIXES,
+    MAX_IMAGE_BYTES,
+    Entry,
+    LabelSource,
+    SampleNumbering,
+    member_rank,
+    read_samples,
+)
 from pipelines.corpus.shardlist import find_shards
 from pipelines.corpus.tarstream import BLOCK, CHUNK_BYTES, ByteStream, Member, StorageError, TarDamage, TarStream
 from pipelines.runs import storage
@@ -47,7 +56,11 @@ class ShardChanged(StorageError):
     """A shard does not hold what it held when it was read: trying again won't help."""
 
 
-def expand_shards(spec: str) -> list[Shard]:
+class ShardMissing(StorageError):
+    """A shard is not where it was: trying again won't help."""
+
+
+def expand_shards(spec: str, run: str | None = None, tell: Callable[[str], object] = lambda text: None) -> list[Shard]:
     """The shards that `spec` names.
 
     Parameters
@@ -57,19 +70,24 @@ def expand_shards(spec: str) -> list[Shard]:
         (`*`, `?`, `[…]`, `**`), a folder (its `*.tar`), one shard, or a text file (not called .tar) of such sources, a
         line each, `#` for comments; relative lines start at the working folder. Local or a URI of any filesystem that
         `pipelines.runs.storage` opens.
+    run : str, optional
+        The run that the shards are for: a shard that lies in it is refused.
+    tell : callable, optional
+        Gets a sentence for each thing that was passed over: a second name of a shard, a folder that cannot be read.
 
     Returns
     -------
     shards : list of Shard
-        In the order given; what a glob or a folder finds is sorted by name. Local URLs are absolute paths.
+        In the order given; what a glob or a folder finds is sorted by name. Local URLs are absolute paths. A local
+        file with several names counts once. A pattern finds nothing in run directories (folders with run.json).
 
     Raises
     ------
-    ValueError
-        Nothing matches, a listed shard doesn't exist or is named twice, `pipe:` (never run), a compressed tar. The
-        message contains "shard" and what would do.
+    UserError
+        Nothing matches, a listed shard doesn't exist or is named twice, `pipe:` (never run), a tar compressed by
+        anything but gzip. The message contains "shard" and what would do.
     """
-    return [Shard(url, info.size or 0, info.mtime_ns or 0) for url, info in find_shards(spec)]
+    return [Shard(file.url, file.size, file.mtime_ns) for file in find_shards(spec, run, tell)]
 
 
 def shard_digest(url: str) -> str:
@@ -86,6 +104,12 @@ def read_shard(
 ) -> Iterator[pa.Table]:
     """One shard's tables; a StorageError that names it if the storage fails `TRIES` times or the shard has changed.
 
+    The last row has `end`, JSON with `entries` (rows before that one), `samples` (numbered, good or not), `left_out`,
+    `ignored` (members of no sample, such as README), `apart` (of the samples: parts of one that the tar does not keep
+    together), `digest` (sha256), `ends` (sha256 of both ends), `bytes`, `seconds` (spent reading), `end_mark` (False: the tar
+    stops behind a member without one), and of an unreadable rest `rest_bytes` and `rest_samples`, an estimate (None where
+    no sample was read before it). entries = samples, plus one if the shard has an unreadable rest.
+
     Ray may have taken earlier tables when the storage fails, so another try reads from the start and yields what
     follows these: tables depend on nothing but the shard's bytes.
     """
@@ -96,7 +120,7 @@ def read_shard(
                 yield table
                 done += 1
             return
-        except (StorageError, FileNotFoundError) as error:
+        except StorageError as error:
             _wait_or_raise(shard.url, attempt, error)
 
 
@@ -185,7 +209,7 @@ class _TableBuilder:
 
     def table(self, end: dict | None = None) -> pa.Table:
         entries = self._entries if end is None else [*self._entries, Entry(*[None] * 6)]
-        rows, keys, labels, images, reasons, members = zip(*entries)
+        rows, keys, labels, images, reasons, members, _ = zip(*entries)
         positions = range(self.position, self.position + len(entries))
         ends = [None] * len(entries)
         if end is not None:
@@ -201,7 +225,8 @@ def _tables(
     stream, builder, numbering = _open(shard.url), _TableBuilder(number), SampleNumbering()
     samples = left_out = 0
     try:
-        for entry in read_samples(TarStream(stream), labels, max_image_bytes, numbering):
+        tar = TarStream(stream)
+        for entry in read_samples(tar, labels, max_image_bytes, numbering, shard.image, shard.size):
             # Before adding, so that the rest of a cut shard is only told after the size was checked below.
             if builder.bytes >= block_bytes:
                 yield builder.table()
@@ -220,7 +245,12 @@ def _tables(
             "samples": samples,
             "left_out": left_out,
             "ignored": numbering.ignored,
+            "apart": numbering.apart,
+            "end_mark": tar.end_mark,
+            "rest_bytes": numbering.rest.bytes if numbering.rest else 0,
+            "rest_samples": numbering.rest.samples if numbering.rest else 0,
             "digest": stream.digest(),
+            "ends": stream.ends(),
             "bytes": stream.position,
             "seconds": stream.seconds,
         }
@@ -229,13 +259,19 @@ def _tables(
 
 def _images(shard: Shard, wanted: set[int]) -> list[tuple[int, bytes]]:
     found: dict[int, bytes] = {}
-    why, stream = "it ends before", _open(shard.url)
+    ranks: dict[int, int] = {}
+    why, stream, last = "it ends before", _open(shard.url), max(wanted, default=-1)
     try:
         tar, numbering = TarStream(stream), SampleNumbering()
-        while len(found) < len(wanted) and (member := tar.next()) is not None:
+        while (len(found) < len(wanted) or min(ranks.values(), default=2) < 2) and (member := tar.next()) is not None:
             place = numbering.place(member)
-            if place is not None and place.row in wanted and place.suffix in IMAGE_SUFFIXES and member.kind == "file":
-                found[place.row] = tar.body()
+            if place is None or place.row not in wanted or member.kind != "file":
+                if place is not None and place.row > last:
+                    break
+                continue
+            rank = member_rank(place.suffix, IMAGE_SUFFIXES, shard.image)
+            if rank > ranks.get(place.row, 0):
+                found[place.row], ranks[place.row] = tar.body(), rank
     except TarDamage as damage:
         why = str(damage)
     finally:
@@ -254,7 +290,10 @@ def _open(url: str) -> ByteStream:
         filesystem, path = storage.open_filesystem(url)
         return filesystem.open_input_stream(path, compression=None)
 
-    return ByteStream(open_raw, CHUNK_BYTES)
+    try:
+        return ByteStream(open_raw, CHUNK_BYTES)
+    except FileNotFoundError as error:
+        raise ShardMissing(f"shard {url}: it is not there any more") from error
 
 
 def _digest(url: str) -> str:
@@ -272,15 +311,13 @@ def _with_retries(url: str, work: Callable[[], Any]) -> Any:
         attempt += 1
         try:
             return work()
-        except (StorageError, FileNotFoundError) as error:
+        except StorageError as error:
             _wait_or_raise(url, attempt, error)
 
 
 def _wait_or_raise(url: str, attempt: int, error: OSError) -> None:
-    if isinstance(error, ShardChanged):
+    if isinstance(error, ShardChanged | ShardMissing):
         raise error
-    if isinstance(error, FileNotFoundError):
-        raise StorageError(f"shard {url}: it is not there any more") from error
     if attempt == TRIES:
         raise StorageError(f"shard {url}: gave up after {TRIES} tries: {error}") from error
     time.sleep(BACKOFF_S * 2 ** (attempt - 1))
@@ -317,10 +354,12 @@ def _copy_samples(shard: Shard, number: int, rows: Sequence[int], writer: _Subse
     why = "it ends before"
     stream = _open(shard.url)
     try:
-        _copy_wanted(TarStream(stream), number, set(rows), writer, copied)
+        _copy_wanted(TarStream(stream), number, set(rows), writer, copied, shard.image)
     except TarDamage as damage:
         # Not an error by itself: rows before the damage were read whole when they were chosen, so they are now.
         why = str(damage)
+    except StorageError as error:
+        raise StorageError(f"reading {shard.url}: {error}") from error
     finally:
         stream.close()
     _check_found(shard, {row for row in rows if row not in copied or not copied[row].sha256}, why)
@@ -328,9 +367,14 @@ def _copy_samples(shard: Shard, number: int, rows: Sequence[int], writer: _Subse
 
 
 def _copy_wanted(
-    tar: TarStream, number: int, wanted: set[int], writer: _SubsetWriter, copied: dict[int, SubsetSample]
+    tar: TarStream,
+    number: int,
+    wanted: set[int],
+    writer: _SubsetWriter,
+    copied: dict[int, SubsetSample],
+    image: str | None,
 ) -> None:
-    numbering, last = SampleNumbering(), max(wanted, default=-1)
+    numbering, last, ranks = SampleNumbering(), max(wanted, default=-1), Counter()
     while (member := tar.next()) is not None:
         place = numbering.place(member)
         if place is None or place.row not in wanted:
@@ -342,7 +386,9 @@ def _copy_wanted(
             sample = SubsetSample(number, place.row, place.key, writer.unique(place.key, number), "")
         if member.kind == "file":
             digest = _copy_member(tar, member, sample, writer)
-            sample = sample._replace(sha256=digest if place.suffix in IMAGE_SUFFIXES else sample.sha256)
+            rank = member_rank(place.suffix, IMAGE_SUFFIXES, image)
+            if rank > ranks[place.row]:
+                ranks[place.row], sample = rank, sample._replace(sha256=digest)
         copied[place.row] = sample
 
 

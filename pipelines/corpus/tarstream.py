@@ -1,23 +1,29 @@
 """A strict reader of tar files as a stream: nothing is skipped silently, every damage is said with its byte position.
 
 Python's `tarfile`, and with it plain `webdataset`, ends without an error at a damaged or missing header: half a shard
-can vanish. Here a tar is whole only if each header's checksum holds, every member is there to its last byte, two zero
-blocks end it, and nothing but zero bytes follows. Understood: ustar, old v7, GNU long names, base-256 sizes, pax path
-and size. Memory is one chunk plus the member asked for. Links are never followed, nothing is written.
+can vanish. Here a tar is whole only if each header's checksum holds, every member is there to its last byte, and after
+two zero blocks comes nothing but zero bytes or another tar (joined by `cat`), read on. One that stops behind a member
+without these blocks is read too, and says so: it was written that way, or cut exactly there. Understood: ustar, old v7,
+GNU long names, base-256 sizes, pax path and size, gzip around it all. Memory is one chunk plus the member asked for.
+Links are never followed, nothing is written.
 """
 
+import abc
 import hashlib
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from typing import BinaryIO, NamedTuple
 
 BLOCK = 512
 CHUNK_BYTES = 4 << 20  # one request on an object store
-MAX_EXTENDED_BYTES = 1 << 20  # a long name or a pax header; real ones have some hundred bytes
+END_BYTES = 64 << 10  # of each end of a shard: by these it is known again elsewhere
+MAX_TEXT_BYTES = 64 << 10  # of a name in an extended header; the rest of a longer one is passed over
 
-_ZERO = bytes(BLOCK)
+
 _REGULAR = b"\x000\x37"  # NUL (v7), "0", "7" (contiguous)
 _BODILESS = b"123456"  # links, devices, folders, pipes: their size field means nothing
+_GZIP = b"\x1f\x8b"
 
 
 class StorageError(OSError):
@@ -29,34 +35,38 @@ class TarDamage(Exception):
 
 
 class Member(NamedTuple):
-    """One member: name as stored (UTF-8, other bytes as surrogates), body size in bytes, where its header stands."""
+    """One member: name as stored (UTF-8, other bytes as surrogates), body size in bytes, where its header stands.
+
+    `offset` is the byte of the shard at which the body begins, None in a gzip-compressed one.
+    """
 
     name: str
     size: int
     position: int
     kind: str  # "file", "folder", "link" or "special"
+    offset: int | None
 
 
-class ByteStream:
-    """Counts, times and hashes what is read from `open_raw()`, a function that opens a binary stream.
+class Chunks(abc.ABC):
+    """A binary stream in chunks, which `_fetch` gets: counted, and handed out in pieces of any size."""
 
-    Attributes
-    ----------
-    position : int
-        Bytes handed out so far.
-    seconds : float
-        Spent opening and reading the storage.
-    """
+    def __init__(self) -> None:
+        self._chunk, self._offset, self._before = b"", 0, 0
 
-    def __init__(self, open_raw: Callable[[], BinaryIO], chunk_bytes: int = CHUNK_BYTES):
-        self.seconds = 0.0
-        self._hash = hashlib.sha256()
-        self._chunk, self._offset, self._before, self._chunk_bytes = b"", 0, 0, chunk_bytes
-        self._raw = self._timed(open_raw)
+    @abc.abstractmethod
+    def _fetch(self) -> bytes:
+        """The next bytes; none at the end."""
 
     @property
     def position(self) -> int:
+        """Bytes handed out so far."""
         return self._before + self._offset
+
+    def peek(self, size: int) -> bytes:
+        """The next bytes, at most `size` and no more than a chunk holds, which are still to come; none at the end."""
+        if self._offset >= len(self._chunk):
+            self._refill()
+        return self._chunk[self._offset : self._offset + size]
 
     def read(self, size: int) -> bytes:
         """The next `size` bytes; fewer only at the end of the stream."""
@@ -91,18 +101,46 @@ class ByteStream:
         while self._refill():
             pass
 
+    def _refill(self) -> bool:
+        self._before += len(self._chunk)
+        self._chunk, self._offset = b"", 0
+        self._chunk = self._fetch()
+        return bool(self._chunk)
+
+
+class ByteStream(Chunks):
+    """Counts, times and hashes what is read from `open_raw()`, a function that opens a binary stream.
+
+    Attributes
+    ----------
+    seconds : float
+        Spent opening and reading the storage.
+    """
+
+    def __init__(self, open_raw: Callable[[], BinaryIO], chunk_bytes: int = CHUNK_BYTES):
+        super().__init__()
+        self.seconds = 0.0
+        self._hash, self._head, self._tail, self._chunk_bytes = hashlib.sha256(), b"", b"", chunk_bytes
+        self._raw = self._timed(open_raw)
+
     def digest(self) -> str:
         """sha256, in hexadecimal, of every byte fetched so far: of the whole file after its end was reached."""
         return self._hash.hexdigest()
 
+    def ends(self) -> str:
+        """sha256, in hexadecimal, of the first and the last 64 KiB fetched so far, which overlap in a small file."""
+        return hashlib.sha256(self._head + self._tail).hexdigest()
+
     def close(self) -> None:
         self._raw.close()
 
-    def _refill(self) -> bool:
-        self._before += len(self._chunk)
-        self._chunk, self._offset = self._timed(lambda: self._raw.read(self._chunk_bytes)), 0
-        self._hash.update(self._chunk)
-        return bool(self._chunk)
+    def _fetch(self) -> bytes:
+        chunk = self._timed(lambda: self._raw.read(self._chunk_bytes))
+        self._hash.update(chunk)
+        if len(self._head) < END_BYTES:
+            self._head = (self._head + chunk)[:END_BYTES]
+        self._tail = chunk[-END_BYTES:] if len(chunk) >= END_BYTES else (self._tail + chunk)[-END_BYTES:]
+        return chunk
 
     def _timed(self, call: Callable) -> object:
         start = time.perf_counter()
@@ -116,32 +154,88 @@ class ByteStream:
             self.seconds += time.perf_counter() - start
 
 
+class Gunzip(Chunks):
+    """What a gzip-compressed stream holds, several of them joined too; TarDamage where it is cut or damaged."""
+
+    def __init__(self, packed: Chunks):
+        super().__init__()
+        self._packed, self._input = packed, b""
+        self._inflate = None  # between two gzip streams
+
+    @property
+    def packed_position(self) -> int:
+        """Compressed bytes used up so far."""
+        return self._packed.position - len(self._input)
+
+    def _fetch(self) -> bytes:
+        while True:
+            self._input = self._input or next(self._packed.pieces(CHUNK_BYTES), b"")
+            if self._inflate is None and not self._input:
+                return b""
+            if self._inflate is None:
+                self._input = self._input.lstrip(b"\0")  # zeros may pad the end
+                if not self._input:
+                    continue
+                self._inflate = zlib.decompressobj(wbits=31)
+            if not self._input:
+                raise TarDamage(f"gzip: truncated at byte {self._packed.position}")
+            try:
+                chunk = self._inflate.decompress(self._input, CHUNK_BYTES)
+            except zlib.error as error:
+                raise TarDamage(f"gzip: damaged at about byte {self.packed_position} ({error})") from None
+            ended = self._inflate.eof
+            self._input = self._inflate.unused_data if ended else self._inflate.unconsumed_tail
+            self._inflate = None if ended else self._inflate
+            if chunk:
+                return chunk
+
+
 class TarStream:
     """Walks a tar: `next()`, then `body()` or `pieces()` or `skip()`, and again until `next()` gives None.
 
     Raises TarDamage; the stream stands wherever the damage was met then.
+
+    Attributes
+    ----------
+    compressed : bool
+        By gzip; known after the first `next()`.
+    end_mark : bool
+        Whether the last tar ended in two zero blocks; known after `next()` gave None.
+    joined : int
+        Tars that followed the first one in the same file.
     """
 
-    def __init__(self, stream: ByteStream):
-        self._stream = stream
+    def __init__(self, stream: Chunks):
+        self._packed = self._stream = stream
         self._left = self._padding = 0
         self._global: dict[str, str] = {}
         self._member: Member | None = None
+        self._ahead: bytes | None = None  # the first header of a tar that was joined to the one before
+        self.compressed, self.end_mark, self.joined = False, True, 0
+
+    @property
+    def position(self) -> int:
+        """Bytes of the shard used up so far; of a compressed one about."""
+        return self._stream.packed_position if isinstance(self._stream, Gunzip) else self._stream.position
 
     def next(self) -> Member | None:
         """The next member's header; None after a proper end of the archive."""
+        if not self._packed.position and self._packed.peek(2) == _GZIP:
+            self._stream, self.compressed = Gunzip(self._packed), True
         self.skip()
         if self._padding:
             self._skip_padding()
         extended: dict[str, str] = {}
         pending = False
         while True:
-            position = self._stream.position
+            position = self._stream.position - (BLOCK if self._ahead else 0)
             header = self._header(position)
             if header is None:
                 if pending:
                     raise TarDamage(f"extended header without a member at byte {position}")
-                return self._end(position)
+                if not self._next_tar(position):
+                    return None
+                continue
             kind = header[156:157]
             size = _number(header[124:136], position)
             if kind in b"LKxg":
@@ -185,41 +279,87 @@ class TarStream:
         self._padding = 0
 
     def _header(self, position: int) -> bytes | None:
-        """A checked header; None for a block of zeros."""
-        header = self._stream.read(BLOCK)
-        if len(header) < BLOCK:
+        """A checked header; None for zeros, or where the file ends behind a member."""
+        header, self._ahead = self._ahead or self._stream.read(BLOCK), None
+        if position and not header:
+            return None
+        if len(header) < BLOCK and (not position or header.strip(b"\0")):
             raise TarDamage(_cut_header(header, position))
-        if header == _ZERO:
+        if not header.strip(b"\0"):
             return None
         if not _checksum_holds(header):
             raise TarDamage(_not_a_header(header, position))
         return header
 
+    def _next_tar(self, position: int) -> bool:
+        """At the end of a tar, or behind its first zero block: whether another tar follows the zeros."""
+        while piece := self._stream.peek(1 << 16):
+            zeros = len(piece) - len(piece.lstrip(b"\0"))
+            self._stream.skip(zeros)
+            if zeros < len(piece):
+                break
+        where = self._stream.position
+        self.end_mark = where - position >= 2 * BLOCK
+        if not piece:
+            return False
+        header = self._stream.read(BLOCK) if self.end_mark and (where - position) % BLOCK == 0 else b""
+        if len(header) < BLOCK or not _checksum_holds(header):
+            raise TarDamage(
+                f"end-of-archive marker at byte {position}, but data at byte {where}: a zeroed header, or trailing bytes"
+            )
+        self._ahead, self._global = header, {}
+        self.joined += 1
+        return True
+
     def _start(self, header: bytes, kind: bytes, size: int, position: int, extended: dict[str, str]) -> Member:
         fields = self._global | extended if self._global else extended
         if "size" in fields:
             size = _decimal(fields["size"], position)
-        name = fields.get("path") or _name(header)
+        name = fields.get("sparse_name") or fields.get("path") or _name(header)
         sparse = kind == b"S" or "sparse" in fields
         if kind == b"S":
             self._skip_sparse_maps(header)
         self._left = 0 if kind in _BODILESS else size
         self._padding = -self._left % BLOCK
-        self._member = Member(name, self._left, position, "special" if sparse else _kind(kind, name))
+        offset = None if self.compressed else self._stream.position
+        self._member = Member(name, self._left, position, "special" if sparse else _kind(kind, name), offset)
         return self._member
 
     def _extend(self, kind: bytes, size: int, position: int, extended: dict[str, str]) -> None:
         """Read a long name (L), a long link target (K, not used), or pax records (x, or g for all that follows)."""
-        if size > MAX_EXTENDED_BYTES:
-            raise TarDamage(f"extended header of {size} bytes at byte {position}")
-        data = self._stream.read(size)
-        padding = -size % BLOCK
-        if len(data) < size or self._stream.skip(padding) < padding:
-            raise TarDamage(f"truncated at byte {self._stream.position}, inside an extended header")
+        start = self._stream.position
         if kind == b"L":
-            extended["path"] = _text(data.split(b"\0", 1)[0])
+            extended["path"] = _text(self._stream.read(min(size, MAX_TEXT_BYTES)).split(b"\0", 1)[0])
         elif kind in b"xg":
-            (extended if kind == b"x" else self._global).update(_pax_records(data, position))
+            (extended if kind == b"x" else self._global).update(self._pax_records(size, position))
+        rest = size + -size % BLOCK - (self._stream.position - start)
+        if self._stream.skip(rest) < rest:
+            raise TarDamage(f"truncated at byte {self._stream.position}, inside an extended header")
+
+    def _pax_records(self, left: int, position: int) -> dict[str, str]:
+        """Records `LENGTH KEYWORD=VALUE\\n`, LENGTH in bytes and counting itself; those kept that say what a member is.
+
+        `left` bytes hold them. However long a record is, no more than a window of it is in memory.
+        """
+        records, window = {}, b""
+        while window or left:
+            if len(window) < MAX_TEXT_BYTES and left:
+                more = self._stream.read(min(left, MAX_TEXT_BYTES))
+                if not more:
+                    raise TarDamage(f"truncated at byte {self._stream.position}, inside an extended header")
+                window, left = window + more, left - len(more)
+            if not window[0]:  # padding
+                break
+            length, keyword, value = _pax_record(window, left, position)
+            if keyword in (b"path", b"size"):
+                records[keyword.decode()] = _text(value)
+            elif keyword.startswith(b"GNU.sparse."):
+                records["sparse"] = "yes"
+                if keyword == b"GNU.sparse.name":
+                    records["sparse_name"] = _text(value)
+            beyond = max(0, length - len(window))
+            window, left = window[length:], left - self._stream.skip(beyond)
+        return records
 
     def _skip_sparse_maps(self, header: bytes) -> None:
         more = header[482]
@@ -229,18 +369,17 @@ class TarStream:
                 raise TarDamage(f"truncated at byte {self._stream.position}, inside a sparse map")
             more = block[504]
 
-    def _end(self, position: int) -> None:
-        """A zero block was read: another one must follow, and nothing but zeros after it."""
-        while piece := self._stream.read(1 << 16):
-            nonzero = piece.lstrip(b"\0")
-            if nonzero:
-                where = self._stream.position - len(nonzero)
-                raise TarDamage(
-                    f"end-of-archive marker at byte {position}, but data at byte {where}: "
-                    "a zeroed header, trailing bytes, or joined archives"
-                )
-        if self._stream.position - position < 2 * BLOCK:
-            raise TarDamage(f"truncated at byte {self._stream.position}, inside the end-of-archive marker")
+
+def _pax_record(window: bytes, left: int, position: int) -> tuple[int, bytes, bytes]:
+    """Length, keyword and value, or the value's beginning, of the record at the start of `window`, `left` bytes behind it."""
+    space = window.find(b" ", 0, 20)
+    digits = window[: max(0, space)]
+    length = int(digits) if digits.isdigit() else 0
+    whole = length <= len(window)
+    if not space < length <= len(window) + left or (whole and window[length - 1 : length] != b"\n"):
+        raise TarDamage(f"bad pax header at byte {position}")
+    keyword, _, value = window[space + 1 : length - 1 if whole else None].partition(b"=")
+    return length, keyword, value
 
 
 def _checksum_holds(header: bytes) -> bool:
@@ -273,24 +412,6 @@ def _decimal(text: str, position: int) -> int:
     return int(text)
 
 
-def _pax_records(data: bytes, position: int) -> dict[str, str]:
-    """Records `LENGTH KEYWORD=VALUE\\n`, LENGTH in bytes and counting itself; those kept that say what a member is."""
-    records, start = {}, 0
-    while start < len(data) and data[start]:
-        space = data.find(b" ", start, start + 20)
-        digits = data[start:space]
-        end = start + int(digits) if space > 0 and digits.isdigit() else 0
-        if not space < end <= len(data) or data[end - 1 : end] != b"\n":
-            raise TarDamage(f"bad pax header at byte {position}")
-        keyword, _, value = data[space + 1 : end - 1].partition(b"=")
-        if keyword in (b"path", b"size"):
-            records[keyword.decode()] = _text(value)
-        elif keyword.startswith(b"GNU.sparse."):
-            records["sparse"] = "yes"
-        start = end
-    return records
-
-
 def _name(header: bytes) -> str:
     name = header[:100].split(b"\0", 1)[0]
     # The prefix is ustar's; GNU's own format ("ustar  ") keeps times in its place.
@@ -314,15 +435,12 @@ def _kind(flag: bytes, name: str) -> str:
 def _cut_header(start: bytes, position: int) -> str:
     if position == 0:
         return "empty file (0 bytes)" if not start else _not_a_header(start, 0)
-    where = "inside a header" if start else "where a header or the end-of-archive marker should be"
-    return f"truncated at byte {position + len(start)}, {where}"
+    return f"truncated at byte {position + len(start)}, inside a header"
 
 
 def _not_a_header(header: bytes, position: int) -> str:
     if position:
         return f"damaged header at byte {position} (its checksum fails)"
-    if header[:2] == b"\x1f\x8b":
-        return "not a tar file at byte 0: gzip-compressed, shards must be plain tar"
     if header.lstrip()[:1] == b"<":
         return "not a tar file at byte 0: an HTML or XML page"
     return "not a tar file at byte 0 (the header's checksum fails)"

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
-from pipelines.corpus.shards import LabelSource, shard_digest
+from pipelines.corpus.samples import label_source
+from pipelines.corpus.shards import shard_digest
 from pipelines.curation.workers import STEPS, Resources
 from pipelines.runs import cluster, column_groups, columns, storage
 from pipelines.runs.errors import StageFailed
@@ -77,6 +78,7 @@ def commit_shard(shard: int, paths: list[str], end: dict, entry: Shard, config: 
         "left_out": bad.num_rows,
         "max_label": pa.compute.max(good["label"]).as_py(),
         "digest": end["digest"],
+        "ends": end["ends"],
         "size": entry.size,
         "mtime_ns": entry.mtime_ns,
     }
@@ -202,9 +204,7 @@ def _notes(run: Run, pending: list[int], resources: Resources) -> Iterator[dict]
     from pipelines.curation.embedder import EmbedImages
 
     config, shards = run.config, run.shards
-    dataset = read_shards(
-        [(position, shards[position]) for position in pending], LabelSource(config.label, config.class_names)
-    )
+    dataset = read_shards([(position, shards[position]) for position in pending], label_source(config))
     dataset = map_actors(
         dataset,
         EmbedImages,

@@ -15,7 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from pipelines.corpus.shards import BLOCK_BYTES, LabelSource, read_shard
+from pipelines.corpus.samples import label_source
+from pipelines.corpus.shards import BLOCK_BYTES, read_shard
 from pipelines.curation import embed as embedding
 from pipelines.curation import fit as fitting
 from pipelines.curation import score as scoring
@@ -35,7 +36,7 @@ class Probe:
     """Ray actor: an embedding worker that runs alone and does one step after the other."""
 
     def __init__(self, config: CorpusConfig, resources: Resources):
-        self.labels = LabelSource(config.label, config.class_names)
+        self.labels = label_source(config)
         from pipelines.curation.embedder import EmbedImages
 
         self.worker = EmbedImages(config, resources)

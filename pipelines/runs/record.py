@@ -12,7 +12,7 @@ import importlib.metadata
 import json
 import platform
 import typing
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -49,11 +49,19 @@ def fingerprints(*parts: Any) -> Callable[[Any], str]:
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-    """One shard as it was found: `size` in bytes, time of modification in nanoseconds (0 where the store has none)."""
+    """One shard as it was found: `size` in bytes, time of modification in nanoseconds (0 where the store has none).
+
+    `image` is the suffix of the members that are its images, where the run names one; all who read the shard heed it.
+    """
 
     url: str
     size: int
     mtime_ns: int
+    image: str | None = None
+
+    def found(self) -> dict[str, Any]:
+        """What is recorded of the file itself."""
+        return {"url": self.url, "size": self.size, "mtime_ns": self.mtime_ns}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,11 +77,20 @@ class CorpusConfig:
     normalize: bool = False
     dtype: str = "float32"
     max_pixels: int = 100_000_000
+    exif: str = "ignore"
+    image: str | None = None
+    label_member: str | None = None
 
     def identity(self) -> dict[str, Any]:
-        """The values that decide whether two configs may share a run; the encoder counts by its weights, not its name."""
+        """The values that decide whether two configs may share a run; the encoder counts by its weights, not its name.
+
+        What a run made before there was such an option cannot name is left out where it says what was done then.
+        """
         values = dataclasses.asdict(self)
         del values["encoder"]
+        for name, before in (("exif", "ignore"), ("image", None), ("label_member", None)):
+            if values[name] == before:
+                del values[name]
         return values
 
     def same_embedding(self, other: "CorpusConfig") -> bool:
@@ -123,30 +140,41 @@ class Run:
         return storage.exists(storage.join(uri, RECORD))
 
     @classmethod
-    def create(cls, uri: str, config: CorpusConfig, shards: Sequence[Shard], overwrite: bool = False) -> "Run":
+    def create(
+        cls,
+        uri: str,
+        config: CorpusConfig,
+        shards: Sequence[Shard],
+        overwrite: bool = False,
+        moved: Mapping[str, str] | None = None,
+    ) -> "Run":
         """Start a run, or open the one that is there and add shards that it lacks.
+
+        `moved` says of shards that lie elsewhere now where: old URL -> listed URL.
 
         ValueError if the run there was made with another config or holds shards that are no longer listed;
         with `overwrite` its products are removed instead.
         """
         storage.check_writable(uri)
         with lease(uri, RECORD, RECORD_WAIT_S):
-            return cls._create(uri, config, shards, overwrite)
+            return cls._create(uri, config, shards, overwrite, moved or {})
 
     @classmethod
-    def _create(cls, uri: str, config: CorpusConfig, shards: Sequence[Shard], overwrite: bool) -> "Run":
+    def _create(
+        cls, uri: str, config: CorpusConfig, shards: Sequence[Shard], overwrite: bool, moved: Mapping[str, str]
+    ) -> "Run":
         if cls.exists(uri):
             run = cls.open(uri)
             if not overwrite:
                 run._refuse_mixing(config)
-                run._extend(shards, config.encoder)
+                run._extend(shards, config.encoder, moved)
                 return run
             check_idle(uri, but=RECORD)
             for product in PRODUCTS:
                 storage.remove_tree(storage.join(uri, product))
         record = {
             "config": dataclasses.asdict(config),
-            "shards": [dataclasses.asdict(shard) for shard in shards],
+            "shards": [shard.found() for shard in shards],
             "classes": list(config.class_names or ()),
         }
         run = cls(uri, record)
@@ -154,7 +182,9 @@ class Run:
         return run
 
     def _refuse_mixing(self, config: CorpusConfig) -> None:
-        ours, theirs = self.config.identity(), config.identity()
+        ours, theirs = (
+            {"exif": "ignore", "image": None, "label_member": None} | c.identity() for c in (self.config, config)
+        )
         # The weights' fingerprint last, and what follows from it: it also differs where vectors are scaled.
         for name in sorted(ours, key=("encoder_fingerprint", "width").__contains__):
             if ours[name] != theirs[name]:
@@ -168,23 +198,25 @@ class Run:
                     "these cannot be mixed: take another --run, or --overwrite"
                 )
 
-    def _extend(self, shards: Sequence[Shard], encoder: str) -> None:
+    def _extend(self, shards: Sequence[Shard], encoder: str, moved: Mapping[str, str]) -> None:
         """Take over the listed shards: known ones keep their position, new ones follow in the order given.
 
         So is the encoder's name: the same weights may be found elsewhere this time.
         """
         listed = {shard.url: shard for shard in shards}
-        missing = [shard.url for shard in self.shards if shard.url not in listed]
+        urls = [moved.get(shard.url, shard.url) for shard in self.shards]
+        missing = [url for url in urls if url not in listed]
         if missing:
             raise ValueError(
                 f"--shards: this run holds {len(self.shards)} shards, {len(missing)} of them not listed now "
-                f"(first: {missing[0]}); list them too, or take another --run, or --overwrite"
+                f"(first: {missing[0]}); list them too, or say where they are (--moved FROM=TO), or take another --run, or --overwrite"
             )
-        known = {shard.url for shard in self.shards}
-        merged = [listed[shard.url] for shard in self.shards] + [s for s in shards if s.url not in known]
+        known = set(urls)
+        merged = [listed[url] for url in urls] + [s for s in shards if s.url not in known]
+        entries = [shard.found() for shard in merged]
         old = STAGES in self.record
-        if merged != self.shards or encoder != self.config.encoder or old:
-            self.record["shards"] = [dataclasses.asdict(shard) for shard in merged]
+        if entries != self.record["shards"] or encoder != self.config.encoder or old:
+            self.record["shards"] = entries
             self.record["config"]["encoder"] = encoder
             if old:
                 self._move_old_stages()
@@ -212,7 +244,8 @@ class Run:
         """The run's shards; a shard's position here is its number in every column group. Not to be changed."""
         made_of, shards = self._shards
         if made_of is not self.record["shards"]:
-            shards = [Shard(**record) for record in self.record["shards"]]
+            image = self.record["config"].get("image")
+            shards = [Shard(**record, image=image) for record in self.record["shards"]]
             self._shards = (self.record["shards"], shards)
         return shards
 
@@ -341,11 +374,12 @@ class Run:
 
 def _check_types(found: Sequence[Shard | CorpusConfig]) -> None:
     """TypeError, which names the value, where one is not of the type that the dataclass declares."""
-    types = typing.get_type_hints(type(found[0])) if found else {}
-    for name in set(types) - {"class_names"}:
+    hints = typing.get_type_hints(type(found[0])) if found else {}
+    for name in set(hints) - {"class_names"}:
+        allowed = typing.get_args(hints[name]) or (hints[name],)
         for one in found:
-            if type(getattr(one, name)) is not types[name]:
-                raise TypeError(f"{name} is {str(getattr(one, name))[:80]!r}, not {types[name].__name__}")
+            if type(getattr(one, name)) not in allowed:
+                raise TypeError(f"{name} is {str(getattr(one, name))[:80]!r}, not {allowed[0].__name__}")
 
 
 def _now() -> str:

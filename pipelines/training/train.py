@@ -300,7 +300,7 @@ def _has(run: Run, column: str) -> bool:
 def _check_shards_unchanged(run: Run) -> None:
     infos = look_up([shard.url for shard in run.shards], f"of {run.uri}")
     for shard, info in zip(run.shards, infos):
-        if not info.is_file:
+        if info.kind != "file":
             raise ValueError(f"shard {shard.url}: it is not there any more, and --input images reads it")
         if shard.size and info.size != shard.size:
             raise ValueError(

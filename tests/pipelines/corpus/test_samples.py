@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipelines.corpus.samples import Entry, LabelSource, SampleNumbering, printable, read_samples
+from pipelines.corpus.samples import Entry, LabelSource, SampleNumbering, plain_suffix, printable, read_samples
 from pipelines.corpus.tarstream import BLOCK, ByteStream, TarStream
+from pipelines.runs.errors import UserError
 
 
 def tar_of(members, kinds=None):
@@ -25,7 +26,11 @@ def tar_of(members, kinds=None):
 def read(data, label="cls", names=None, **options):
     if not isinstance(data, bytes):
         data = tar_of(data)
-    return list(read_samples(TarStream(ByteStream(lambda: io.BytesIO(data))), LabelSource(label, names), **options))
+    source = LabelSource(label, names, member=options.pop("label_member", None))
+    found = list(read_samples(TarStream(ByteStream(lambda: io.BytesIO(data))), source, **options))
+    for entry in found:
+        assert entry.image is None or data[entry.offset :].startswith(entry.image)
+    return [entry._replace(offset=None) for entry in found]
 
 
 def good(key, row, label=None, image=b"img", suffix="jpg"):
@@ -38,7 +43,7 @@ def test_good_samples():
     assert read(members, "none") == [good("a", 0), good("d.x/b", 1, suffix="PNG")]
 
 
-@pytest.mark.parametrize("suffix", ["jpg", "JPG", "jpeg", "Jpeg", "png", "webp", "WEBP"])
+@pytest.mark.parametrize("suffix", ["jpg", "JPG", "jpeg", "Jpeg", "png", "webp", "WEBP", "gif", "BMP", "tif", "avif"])
 def test_image_suffixes_in_any_case(suffix):
     assert read([(f"a.{suffix}", b"img")], "none") == [good("a", 0, suffix=suffix)]
 
@@ -57,7 +62,9 @@ A, B = [("a.jpg", b"img"), ("a.cls", b"1")], [("b.jpg", b"img"), ("b.cls", b"2")
     ("bad", "key", "reason", "member"),
     [
         ([("x.cls", b"1")], "x", "missing image", "x.cls"),
-        ([("x.b.jpg", b"img"), ("x.cls", b"1")], "x", "missing image", "x.b.jpg"),
+        ([("x.b.txt", b"img"), ("x.cls", b"1")], "x", "missing image", "x.b.txt"),
+        ([("x.b.jpg", b"1"), ("x.c.png", b"2"), ("x.cls", b"1")], "x", "x.b.jpg and x.c.png (--image", "x.c.png"),
+        ([("x.jpg", b"1"), ("x.a.cls", b"2"), ("x.b.cls", b"1")], "x", "x.a.cls and x.b.cls (--label-", "x.b.cls"),
         ([("x.jpg", b""), ("x.cls", b"1")], "x", "empty image", "x.jpg"),
         ([("x.jpg", b"img"), ("x.png", b"img"), ("x.cls", b"1")], "x", "two image members", "x.png"),
         ([("x.jpg", b"img")], "x", "missing label: no cls member", "x.jpg"),
@@ -68,11 +75,11 @@ A, B = [("a.jpg", b"img"), ("a.cls", b"1")], [("b.jpg", b"img"), ("b.cls", b"2")
         ([("x.jpg", b"img"), ("x.cls", b"-1")], "x", "negative label -1", "x.cls"),
         ([("x.jpg", b"img"), ("x.cls", b"1000000")], "x", "label 1000000 is not below 32768", "x.cls"),
         ([("x.jpg", b"img"), ("x.cls", b"9" * 400)], "x", "label of more than 64 bits is not below", "x.cls"),
-        ([("x.jpg", b"img"), ("x.cls", b"\xff\xfe")], "x", "label is not UTF-8", "x.cls"),
+        ([("x.jpg", b"img"), ("x.cls", b"\xff\xfd")], "x", "label is not UTF-8", "x.cls"),
         ([("../../x.jpg", b"img"), ("../../x.cls", b"1")], "../../x", "key contains ..", "../../x.jpg"),
         ([("d/../x.jpg", b"img")], "d/../x", "key contains ..", "d/../x.jpg"),
         ([("..\\x.jpg", b"img")], None, None, None),
-        ([("d\\..\\x.jpg", b"img")], "d\\", "missing image", "d\\..\\x.jpg"),
+        ([("d\\..\\x.tif.txt", b"img")], "d\\", "missing image", "d\\..\\x.tif.txt"),
         ([("/etc/x.jpg", b"img"), ("/etc/x.cls", b"1")], "/etc/x", "absolute", "/etc/x.jpg"),
         ([("C:\\x.jpg", b"img")], "C:\\x", "absolute", "C:\\x.jpg"),
         ([("x\x1b[2J.jpg", b"img")], "x\\x1b[2J", "control character", "x\\x1b[2J.jpg"),
@@ -124,7 +131,12 @@ def test_an_absurdly_large_image_is_passed_over_not_read():
         (b'{"y": "4"}', 4),
         (b'{"y": {"z": 5}}', "non-integer label \\(dict\\)"),
         (b'{"y": true}', "non-integer label True"),
-        (b'{"y": 4.0}', "non-integer label 4.0"),
+        (b'{"y": 4.0}', 4),
+        (b'{"y": "4.0"}', 4),
+        (b'\xef\xbb\xbf{"y": 4}', 4),
+        ('{"y": 4}'.encode("utf-16"), 4),
+        (b'{"y": 4.5}', "non-integer label 4.5"),
+        (b'{"y": 1e300}', "label of more than 64 bits is not below"),
         (b'{"y": null}', "missing label"),
         (b'{"x": 4}', "missing label: no field y"),
         (b"[1]", "missing label"),
@@ -171,10 +183,86 @@ def test_class_names():
         digits.read(b'{"y": 1}')
 
 
-@pytest.mark.parametrize("arguments", [("class",), ("json",), ("json:",), ("cls:x",), ("cls", []), ("cls", ["a", "a"])])
-def test_label_source_refuses(arguments):
-    with pytest.raises(ValueError, match=r"--label|--classes"):
+@pytest.mark.parametrize(
+    ("arguments", "field"),
+    [
+        (("class",), "label"),
+        (("json",), "label"),
+        (("json:",), "label"),
+        (("cls:x",), "label"),
+        (("cls", []), "classes"),
+    ],
+)
+def test_label_source_refuses(arguments, field):
+    with pytest.raises(UserError) as error:
         LabelSource(*arguments)
+    assert error.value.field == field
+
+
+def test_a_name_that_two_classes_have_is_told_with_its_lines():
+    with pytest.raises(UserError, match="'crane' is the name in line 2 and in line 4"):
+        LabelSource("cls", ["tench", "crane", "maillot", "crane"])
+
+
+@pytest.mark.parametrize("text", [b"3", b"3.0", b" 3.\r\n", b"\xef\xbb\xbf3\r\n", "3\n".encode("utf-16"), b"+3.000"])
+def test_a_whole_number_however_it_is_written(text):
+    assert LabelSource("cls").read(text) == 3
+
+
+PICTURE, OTHER = b"\xff\xd8image", b"other"
+
+
+@pytest.mark.parametrize(
+    ("members", "options", "image", "label"),
+    [
+        ([("x.input.jpg", PICTURE), ("x.output.cls", b"1")], {}, PICTURE, 1),  # webdataset's own idiom
+        (
+            [("x.seg.png", OTHER), ("x.jpg", PICTURE), ("x.cls", b"2")],
+            {},
+            PICTURE,
+            2,
+        ),  # a suffix of one part comes before all others
+        ([("x.jpg", PICTURE), ("x.seg.png", OTHER), ("x.cls", b"2"), ("x.aux.cls", b"3")], {}, PICTURE, 2),
+        ([("x.a.jpg", OTHER), ("x.B.jpg", PICTURE), ("x.cls", b"2")], {"image": plain_suffix(".b.JPG")}, PICTURE, 2),
+        (
+            [("x.jpg", OTHER), ("x.png", PICTURE), ("x.fine.cls", b"4"), ("x.cls", b"2")],
+            {"image": "png", "label_member": "fine.cls"},
+            PICTURE,
+            4,
+        ),
+        (
+            [("x.a.jpg", OTHER), ("x.b.jpg", OTHER), ("x.png", PICTURE), ("x.cls", b"2")],
+            {},
+            PICTURE,
+            2,
+        ),  # the two are no longer asked for
+        ([("x.jpg", PICTURE), ("x.class.txt", b"5")], {"label_member": "class.txt"}, PICTURE, 5),
+    ],
+)
+def test_which_members_are_image_and_label(members, options, image, label):
+    (entry,) = read(members, **options)
+    assert (entry.image, entry.label, entry.reason) == (image, label, None)
+
+
+def test_members_that_stand_apart_are_told_as_such():
+    numbering = SampleNumbering()
+    members = [(f"{i}.png", b"img") for i in range(3)] + [(f"{i}.cls", b"1") for i in range(3)]
+    entries = read([*members, ("0.png", b"img")], numbering=numbering)
+    assert [e.reason.partition(":")[0] for e in entries] == ["missing label"] * 3 + ["members apart"] * 3 + [
+        "duplicate key"
+    ]
+    assert numbering.apart == 3
+
+
+@pytest.mark.parametrize(("start", "lost"), [(6, 4), (1, 9), (0, None)])
+def test_a_rest_is_estimated_in_samples(start, lost):
+    data = bytearray(tar_of([(f"{i}.jpg", b"i" * 1000) for i in range(10)]))
+    step, size = 3 * BLOCK, 30 * BLOCK  # without what pads the end
+    data[start * step : start * step + BLOCK] = b"x" * BLOCK
+    numbering = SampleNumbering()
+    entries = read(bytes(data), "none", numbering=numbering, size=size)
+    assert len(entries) == start + 1 and entries[-1].row is None
+    assert numbering.rest.samples == lost and 0 <= numbering.rest.bytes - (size - start * step) < BLOCK
 
 
 CUT = tar_of([(f"{i:02d}.{s}", d) for i in range(6) for s, d in (("jpg", b"i" * (400 * i + 1)), ("cls", b"%d" % i))])
@@ -196,9 +284,15 @@ def test_a_cut_at_any_byte_keeps_what_was_whole(cut, label):
     # Without labels a sample whose image alone was read may stay: what else it had cannot be known.
     assert len(rows) == whole or (label == "none" and len(rows) == whole + 1)
     assert [e.row for e in rows] == list(range(len(rows)))
-    markers = -(-ends[-1] // BLOCK) * BLOCK + 2 * BLOCK
-    assert len(rest) == (cut < markers)
-    assert all(e.row is None and e.key is None and "byte" in e.reason for e in rest)
+    with tarfile.open(fileobj=io.BytesIO(CUT)) as tar:
+        between = {
+            -(-(m.offset_data + m.size) // BLOCK) * BLOCK for m in tar.getmembers()
+        }  # as written without an end mark
+    if cut in between or cut > max(between):
+        assert all(e.reason.startswith("missing label") for e in rest)
+    else:
+        (entry,) = rest
+        assert entry.row is None and entry.key is None and "byte" in entry.reason
 
 
 @settings(max_examples=150, deadline=None)

@@ -113,7 +113,7 @@ def test_s3(s3_folder, s3_server, folder):
         ("@/blank.txt", "lists no shard"),
         ("@/piped.txt", "never run"),
         ("@/broken.txt", "relative lines start at the working folder"),
-        ("@/packed.tar.gz", "compressed"),
+        ("@/packed.tar.bz2", "compressed"),
         ("quux://a/b.tar", "quux"),
     ],
 )
@@ -122,7 +122,7 @@ def test_refused_with_the_word_shard(folder, monkeypatch, spec, message):
     (folder / "blank.txt").write_text("# nothing\n")
     (folder / "piped.txt").write_text("pipe:touch /tmp/x\n")
     (folder / "broken.txt").write_text("no-such.tar\n")
-    (folder / "packed.tar.gz").write_bytes(b"\x1f\x8b")
+    (folder / "packed.tar.bz2").write_bytes(b"BZh")
     with pytest.raises(ValueError, match=message) as error:
         expand_shards(spec.replace("@", str(folder)))
     assert "shard" in str(error.value) and "\n" not in str(error.value)

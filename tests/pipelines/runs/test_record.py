@@ -84,7 +84,7 @@ def test_run_json_has_a_line_per_shard_and_is_plain_json(tmp_path):
 def test_shards_are_those_of_the_record(tmp_path):
     run = Run.create(str(tmp_path), CONFIG, SHARDS[:1])
     assert run.shards is run.shards
-    run.record["shards"] = [dataclasses.asdict(shard) for shard in SHARDS]
+    run.record["shards"] = [shard.found() for shard in SHARDS]
     assert run.shards == SHARDS
 
 
