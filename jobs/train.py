@@ -62,6 +62,8 @@ class LearnOptions:
     """how often an upsampled sample comes in an epoch"""
     eval_run: str | None = None
     """run over other shards to evaluate on (with embeddings: by the same encoder)"""
+    subset: str | None = None
+    """train on the samples of this subset of the run alone, made with hardset select"""
     holdout: float | None = None
     """fraction of the samples, in [0, 1), held out; they decide the best epoch (default: 0.1 without --eval-run, else 0)"""
     bins: str = "difficulty.rmd:q5"
@@ -238,6 +240,7 @@ def _choices(learn: LearnOptions, model: ModelOptions, argument: str | None) -> 
         small_images=model.small_images,
         dropout=model.dropout,
         standardize=not model.no_standardize,
+        subset=learn.subset,
     )
 
 
@@ -373,6 +376,7 @@ def _result(plan: "Plan", outcome: dict[str, Any], tracker: Tracker, seconds: fl
         "epoch": best,
         "epochs": len(curve),
         "train_samples": sum(plan.counts),
+        **({"subset": plan.lineage["subset"]} if plan.lineage["subset"] else {}),
         "seconds": seconds,
         "seconds_to_first_step": curve[0]["seconds_to_first_step"],
         "samples_per_second": curve[-1]["samples_per_second"],

@@ -5,6 +5,7 @@ import dataclasses
 import pyarrow as pa
 
 from ops.draws import uniform
+from pipelines.curation import subsets
 from pipelines.runs import column_groups
 from pipelines.runs.record import Run, Shard
 
@@ -20,6 +21,8 @@ class Source:
         Full names (`difficulty.weight`); NaN where a row has no value.
     part : {"all", "train", "holdout"}
         With `holdout` a fraction f > 0, a hash of (seed, shard, row) puts each sample into "holdout" with probability f.
+    subset : str or None
+        Only the samples of this subset of the run, by its manifest.
     """
 
     run_uri: str
@@ -31,6 +34,7 @@ class Source:
     seed: int = 0
     image_size: int = 0
     max_pixels: int = 100_000_000
+    subset: str | None = None
 
     @classmethod
     def of(cls, run: Run, **values: object) -> "Source":
@@ -41,6 +45,8 @@ class Source:
         """key, shard, row, label and the columns of a shard's samples, in shard order. Reads no vectors, no images."""
         table = column_groups.join(self.run_uri, shard, self.columns)
         keep = table["label"].is_valid().to_numpy(zero_copy_only=False)
+        if self.subset is not None:
+            keep &= subsets.holds(table, self.run_uri, self.subset, shard)
         if self.part != "all" and self.holdout:
             held = uniform(self.seed, shard, table["row"].to_numpy()) < self.holdout
             keep &= held == (self.part == "holdout")

@@ -23,6 +23,7 @@ from ops.images import decode_image
 from ops.models import ClassifierSpec, build_classifier
 from pipelines.corpus.shardlist import look_up
 from pipelines.corpus.shards import iter_images
+from pipelines.curation.subsets import check_subset
 from pipelines.runs import column_groups, columns, storage
 from pipelines.runs.errors import StageFailed
 from pipelines.runs.record import PRODUCTS, Run, fingerprint
@@ -57,6 +58,8 @@ class Choices:
     groups, upsample, bins : GroupRule or None
         Quantiles among them are those of the training run. `bins` only divides the evaluation; it is left out where a
         run has no such column.
+    subset : str or None
+        Of the training run: what is trained on, and held out, are its samples alone.
     holdout : float or None
         Share of the samples that are not trained on but evaluated; None: 0.1 without an evaluation run, else 0.
     """
@@ -77,6 +80,7 @@ class Choices:
     small_images: bool = False
     dropout: float = 0.0
     standardize: bool = True
+    subset: str | None = None
 
 
 def plan_training(
@@ -93,6 +97,7 @@ def plan_training(
     _check_choices(choices, loss)
     _check_columns(run, choices)
     classes = _checked_classes(run, eval_run, choices.input)
+    subset = None if choices.subset is None else check_subset(run, choices.subset, "subset")
     spec = _spec(run, choices, classes)
     build_classifier(spec)  # its own ValueError for a model that does not exist
     groups = _resolved(choices.groups, run, classes)
@@ -102,7 +107,7 @@ def plan_training(
     wanted = tuple(dict.fromkeys(name for name in named if name is not None))
     source = Source.of(
         run, input=choices.input, columns=wanted, part="train" if holdout else "all", holdout=holdout,
-        seed=recipe.seed, image_size=spec.image_size or 0,
+        seed=recipe.seed, image_size=spec.image_size or 0, subset=choices.subset,
     )  # fmt: skip
     if choices.input == "images":
         _check_shards_unchanged(run)
@@ -132,7 +137,7 @@ def plan_training(
         expanded=found.expanded(resampling),
         mean=mean,
         std=std,
-        lineage=_lineage(run, eval_run, loss, recipe, choices, wanted),
+        lineage=_lineage(run, eval_run, loss, recipe, choices, wanted, subset),
     )
 
 
@@ -309,7 +314,13 @@ def _check_shards_unchanged(run: Run) -> None:
 
 
 def _lineage(
-    run: Run, eval_run: Run | None, loss: LossChoice, recipe: Recipe, choices: Choices, wanted: tuple[str, ...]
+    run: Run,
+    eval_run: Run | None,
+    loss: LossChoice,
+    recipe: Recipe,
+    choices: Choices,
+    wanted: tuple[str, ...],
+    subset: dict[str, Any] | None,
 ) -> dict[str, Any]:
     """What the classifier was made from; `source` is the hash that decides whether a training is the same one."""
     sources = {columns.EMBEDDINGS: _sources(run, columns.EMBEDDINGS)}
@@ -320,11 +331,17 @@ def _lineage(
         "recipe": dataclasses.asdict(recipe),
         "choices": dataclasses.asdict(choices),
     }
+    if subset is None:
+        del config["choices"]["subset"]  # as in the records of versions that knew none
+    else:
+        sources["subset"] = subset["source"]
+    told = {name: subset[name] for name in ("source", "rule", "samples") if name in subset} if subset else {}
     return {
         "run": run.uri,
         "eval_run": None if eval_run is None else eval_run.uri,
         "encoder": run.config.encoder,
         "config": config,
+        "subset": None if subset is None else {"name": choices.subset, **told},
         "source": fingerprint("train", sources, evaluated, json.loads(json.dumps(config))),
     }
 

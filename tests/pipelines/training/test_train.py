@@ -4,17 +4,21 @@ import dataclasses
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
 from ops.losses import LOSSES
 from ops.models import load_classifier
+from pipelines.curation.rules import Rule
+from pipelines.curation.select import select
 from pipelines.runs import column_groups
-from pipelines.runs.errors import StageFailed
+from pipelines.runs.errors import StageFailed, UserError
 from pipelines.training.checkpoints import read_classifier
 from pipelines.training.groups import GroupRule
 from pipelines.training.loop import Recipe, lr_factor, train_classifier
 from pipelines.training.objective import Grouping, LossChoice, Objective
+from pipelines.training.source import Source
 from pipelines.training.train import Choices, Workers, plan_training, train, write_correctness
 from tests.pipelines.synthetic import make_run
 
@@ -47,6 +51,41 @@ def plans(runs, ray_session, tmp_path_factory):
         return plan_training(runs[0], str(root / name), loss, Recipe(**recipe), Choices(**(choices or {})), eval_run)
 
     return plan
+
+
+def test_a_subset_is_trained_on_by_its_rows(runs, plans, tmp_path):
+    run = runs[0]
+    select(run, Rule("difficulty.rmd", 30, where="embeddings.label <> 2"), "thirty")
+    found = pq.read_table(run.path("subsets", "thirty", "manifest.parquet"))
+    plan = plans("subset", choices={"subset": "thirty", "holdout": 0.2}, eval_run=runs[1])
+    held = next(e.source for e in plan.evaluations if e.name == "holdout")
+    parts = [{(s, r) for s in range(3) for r in source.keys(s)["row"].to_pylist()} for source in (plan.source, held)]
+    assert (
+        parts[0] | parts[1] == set(zip(found["shard"].to_pylist(), found["row"].to_pylist()))
+        and not parts[0] & parts[1]
+    )
+    assert sum(plan.counts) == len(parts[0]) and sum(plan.evaluations[1].counts) == 100
+    assert plan.lineage["subset"]["samples"] == 30 and plan.lineage["subset"]["name"] == "thirty"
+    # Another subset of that name is another training; a run without one is the training that it was.
+    select(run, Rule("difficulty.rmd", 40), "thirty")
+    assert plans("again", choices={"subset": "thirty", "holdout": 0.2}).lineage["source"] != plan.lineage["source"]
+    assert "subset" not in plans("whole").lineage["config"]["choices"]
+    with pytest.raises(UserError, match="has no subset of that name, it has thirty"):
+        plans("none", choices={"subset": "other"})
+
+
+def test_rows_of_a_shard_that_was_embedded_anew_are_not_taken_for_the_subsets(tmp_path):
+    run, _, _ = make_run(tmp_path)
+    for shard in range(3):
+        keys = column_groups.read(run.uri, "embeddings", shard, ["key", "shard", "row", "label"])
+        scores = pa.array(np.arange(keys.num_rows), pa.float32())
+        column_groups.write(run.uri, "toy", shard, keys.append_column("score", scores), "toy")
+    select(run, Rule("toy.score", 10), "ten")
+    table = column_groups.read(run.uri, "embeddings", 0)
+    other = pa.array([f"other{key}" for key in table["key"].to_pylist()])
+    column_groups.write(run.uri, "embeddings", 0, table.set_column(0, "key", other), "new", left_out=0, max_label=2)
+    with pytest.raises(UserError, match="subset ten was made before shard 0 was embedded anew"):
+        Source.of(run, input="embeddings", subset="ten").keys(0)
 
 
 def weights_of(folder):
