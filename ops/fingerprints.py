@@ -1,0 +1,162 @@
+"""Fingerprints: a grey picture of 32 × 32 of each image, and whether two of them show one picture.
+
+A similar embedding says that two pictures are of a kind. One picture, cropped, mirrored, recoloured, recompressed, rescaled
+or framed, is found by the correlation of grey values after the best small change of scale, shift and mirroring.
+"""
+
+import functools
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ops.checks import check_shape
+
+if TYPE_CHECKING:
+    import torch
+
+SIDE = 32  # of a fingerprint: 1 KB
+COARSE = 16  # of the pictures of the first look
+SCALES = (0.8, 0.85, 0.9, 0.95, 1.0)  # of one picture within the other
+SHIFT = 3  # of the whole pictures against each other, in pixels of the fingerprint, either way
+GATE = 0.7  # correlation of rough shapes below which details are not compared
+FITS = 3  # scales at which details are compared, those at which the rough shapes fit best
+BLUR = 1.5  # pixels of the fingerprint: what is finer counts as detail
+FLAT = 2.0  # standard deviation of grey values below which a picture has nothing to compare
+PAIRS = 64  # compared together: 40 MiB of windows
+
+
+def fingerprint(image: "torch.Tensor") -> np.ndarray:
+    """The grey picture of 32 × 32 of an image.
+
+    Parameters
+    ----------
+    image : uint8 tensor of shape (3, H, W), RGB
+
+    Returns
+    -------
+    grey : ndarray of shape (32, 32), uint8
+        Luma (ITU-R BT.601), each value the mean of its share of the image, whatever its shape.
+    """
+    import torch
+
+    height, width = image.shape[-2:]
+    step = max(1, min(height, width) // (4 * SIDE))  # of a large image every step-th pixel is enough: 16 to a value
+    pixels = image[:, ::step, ::step].to(torch.float32)
+    grey = 0.299 * pixels[0] + 0.587 * pixels[1] + 0.114 * pixels[2]
+    small = torch.nn.functional.adaptive_avg_pool2d(grey[None], (SIDE, SIDE))[0]
+    return small.round().clamp(0, 255).to(torch.uint8).numpy()
+
+
+def picture_correlation(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """How well two pictures agree in their details where they fit best.
+
+    Parameters
+    ----------
+    first, second : ndarray of shape (n, 32, 32), uint8
+        Fingerprints of the two pictures of each pair.
+
+    Returns
+    -------
+    correlation : ndarray of shape (n,), float32
+        Of the details of the middle of one picture and of a part of the other (0.8 to 1 of its side, or the whole shifted
+        by up to 3 of 32 pixels), mirrored or not: in [0, 1], larger = more alike (see `ops.duplicates`).
+        Symmetric. 0 where a picture is flat, or where their rough shapes differ.
+
+    Raises
+    ------
+    ValueError
+        Wrong shapes.
+
+    Notes
+    -----
+    The rough shapes, grey values of 16 × 16, find the scales of the best fit; two pictures whose rough shapes correlate by
+    less than `GATE` are two pictures. At the three best scales the correlation of details decides: the grey values less their blur of
+    `BLUR` pixels. Grey values alone take every dark ship on a light sea for the next.
+    """
+    check_shape("first", first, ("n", SIDE, SIDE))
+    check_shape("second", second, (len(first), SIDE, SIDE))
+    result = np.zeros(len(first), np.float32)
+    for start in range(0, len(first), PAIRS):
+        rows = slice(start, start + PAIRS)
+        result[rows] = _of_block(first[rows].astype(np.float32), second[rows].astype(np.float32))
+    return result
+
+
+def _of_block(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    both = np.concatenate([_halved(a), _halved(b)]), np.concatenate([_halved(b), _halved(a)])
+    rough = np.stack([_found_in(*both, scale) for scale in SCALES]).reshape(
+        -1, len(a)
+    )  # (scales of a in b, then of b in a)
+    order = np.argsort(-rough, axis=0, kind="stable")[:FITS]
+    worth = np.take_along_axis(rough, order, axis=0) >= GATE
+    worth &= np.minimum(a.std(axis=(1, 2)), b.std(axis=(1, 2))) >= FLAT
+    result = np.zeros(len(a), np.float32)
+    for fit in np.unique(order[worth]):
+        rows = np.flatnonzero((worth & (order == fit)).any(axis=0))
+        scale, swapped = fit // 2, fit % 2
+        one, other = (b, a) if swapped else (a, b)
+        result[rows] = np.maximum(result[rows], _found_in(_details(one[rows]), _details(other[rows]), SCALES[scale]))
+    return result
+
+
+def _halved(pictures: np.ndarray) -> np.ndarray:
+    n, side = pictures.shape[:2]
+    return pictures.reshape(n, side // 2, 2, side // 2, 2).mean(axis=(2, 4))
+
+
+def _details(pictures: np.ndarray) -> np.ndarray:
+    blur = _blurring(pictures.shape[1])
+    return pictures - blur @ pictures @ blur.T
+
+
+def _found_in(part: np.ndarray, whole: np.ndarray, scale: float) -> np.ndarray:
+    """The best correlation (n,) in [0, 1] of the middle of `part`, or of its mirror image, with windows of `whole`.
+
+    `part` shows `scale` of the side of `whole`.
+    """
+    n, side = part.shape[:2]
+    margin = SHIFT * side // SIDE
+    inner = side - 2 * margin
+    middle = part[:, margin : margin + inner, margin : margin + inner]
+    templates = np.stack([middle.reshape(n, -1), middle[:, :, ::-1].reshape(n, -1)], axis=2)
+    templates -= templates.mean(axis=1, keepdims=True)
+    templates /= np.sqrt(np.maximum((templates**2).sum(axis=1, keepdims=True), 1e-6))
+    enlarge = _resizing(side, round(side / scale))
+    scaled = enlarge @ (whole - whole.mean(axis=(1, 2), keepdims=True)) @ enlarge.T
+    windows = np.lib.stride_tricks.sliding_window_view(scaled, (inner, inner), axis=(1, 2))
+    products = (windows.reshape(n, -1, inner * inner) @ templates).max(axis=2)
+    spread = _window_sums(scaled**2, inner) - _window_sums(scaled, inner) ** 2 / inner**2
+    return np.clip((products / np.sqrt(np.maximum(spread, inner * inner))).max(axis=1), 0, 1)
+
+
+def _window_sums(pictures: np.ndarray, inner: int) -> np.ndarray:
+    """Sums (n, windows) over all square windows, in the order of `sliding_window_view`."""
+    size = pictures.shape[1]
+    band = _band(size, inner)
+    return (band @ pictures.astype(np.float64) @ band.T).reshape(len(pictures), -1)
+
+
+@functools.cache
+def _band(size: int, inner: int) -> np.ndarray:
+    at = np.arange(size - inner + 1)[:, None]
+    return ((np.arange(size) >= at) & (np.arange(size) < at + inner)).astype(np.float64)
+
+
+@functools.cache
+def _resizing(side: int, to: int) -> np.ndarray:
+    """The matrix (to, side) that resamples a line of pixels linearly, ends held."""
+    at = (np.arange(to) + 0.5) * side / to - 0.5
+    low = np.clip(np.floor(at).astype(int), 0, side - 2)
+    share = np.clip(at - low, 0, 1)
+    matrix = np.zeros((to, side), np.float32)
+    matrix[np.arange(to), low] = 1 - share
+    matrix[np.arange(to), low + 1] = share
+    return matrix
+
+
+@functools.cache
+def _blurring(side: int) -> np.ndarray:
+    """The matrix (side, side) of a Gaussian blur of a line of pixels, its weights of sum 1 at the ends too."""
+    distance = np.arange(side)[:, None] - np.arange(side)
+    weights = np.exp(-0.5 * (distance / BLUR) ** 2).astype(np.float32)
+    return weights / weights.sum(axis=1, keepdims=True)
