@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipelines.corpus.shardlist import evenly
+from pipelines.curation import decisions
 from pipelines.runs import column_groups, columns, storage
 from pipelines.runs.record import Run
 
@@ -35,6 +36,7 @@ def summarize(run: Run) -> dict[str, Any]:
         "left_out": left_out,
         "bad_fraction": left_out / max(1, rows + left_out),
         "quarantine": quarantine_reasons(run),
+        "decisions": decisions.count(run),
         "groups": {name: group_summary(run, name) for name in groups_of(run)},
         "stages": stages,
         "subsets": [name.removeprefix("select/") for name in stages if name.startswith("select/")],
@@ -44,7 +46,7 @@ def summarize(run: Run) -> dict[str, Any]:
 def groups_of(run: Run) -> list[str]:
     """The column groups that this run has, `predictions/NAME` and `trust/NAME` included."""
     found = storage.list_folders(run.uri)
-    names = [name for name in found if name not in NESTED and name != columns.QUARANTINE]
+    names = [name for name in found if name not in (*NESTED, columns.QUARANTINE, columns.DECISIONS)]
     names += [f"{outer}/{name}" for outer in NESTED if outer in found for name in storage.list_folders(run.path(outer))]
     return [name for name in sorted(names) if any(column_groups.all_facts(run.uri, name, len(run.shards)))]
 

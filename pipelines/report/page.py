@@ -1,29 +1,25 @@
 """The report of a run: one HTML file that opens from disk without a network, with all its data and pictures inside."""
 
-import base64
-import gzip
-import importlib.resources
-import json
 import re
 import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 from plotly.offline import get_plotlyjs
 
-from pipelines.report import evaluation, words
+from pipelines.report import evaluation, review_page, words
+from pipelines.report.assets import asset, environment, json_block, packed
 from pipelines.report.data import collect
 from pipelines.report.scan import Limits
 from pipelines.runs import column_groups, columns, storage
 from pipelines.runs.record import Run, fingerprint, library_versions
 from pipelines.summary import groups_of
 
-FILE = "report/index.html"
-TEMPLATE = "template"
-ASSETS = ("page.html", "page.css", "page.js", "charts.js")
+FILE, REVIEW = "report/index.html", "report/review.html"
+HEAD_BYTES = 4096  # of a page: its source stands in there
+ASSETS = ("page.html", "page.css", "page.js", "charts.js", "review.html", "review.css", "review.js")
 
 
 def report(run: Run, class_names: Sequence[str] = (), limits: Limits | None = None) -> dict[str, Any]:
@@ -51,19 +47,27 @@ def report(run: Run, class_names: Sequence[str] = (), limits: Limits | None = No
     made_by = [library_versions()["hardset"], str(limits), *(asset(name) for name in ASSETS)]
     source = fingerprint("report", _inputs(run), list(class_names), made_by)
     before, path = run.stage("report"), run.path(*FILE.split("/"))
-    if before and before["source"] == source and storage.exists(path):
+    if before and source_of(path) == source:
         return before | {"path": path, "skipped": True}
     started = time.monotonic()
     evaluations, problems = evaluation.stored(run)
     found = collect(run, limits, class_names, evaluation.watched(evaluations))
     found["notes"] += problems
-    page = render(run, found, evaluations)
+    review = review_page.render(run, found["data"].get("classes", run.classes))
+    if review is not None:
+        storage.write_text_atomic(run.path(*REVIEW.split("/")), review.html)
+        found["notes"] += [note for note in review.notes if note not in found["notes"]]
+    else:
+        storage.remove_tree(run.path(*REVIEW.split("/")))
+    page = render(run, found, evaluations, source, review is not None)
+    # Last, as it is the file whose source says what both were made from.
     storage.write_text_atomic(path, page)
     entry = {
         "source": source,
         "samples": found["samples"],
         "pictures": len(found["data"].get("pictures", ())),
         "bytes": len(page.encode()),
+        "review": review and review.queues,
         "seconds": time.monotonic() - started,
     }
     run.finish_stage("report", **entry)
@@ -74,28 +78,40 @@ def _inputs(run: Run) -> list[Any]:
     """What decides the page: the run's record, the sources of its columns, its evaluations."""
     record = {name: value for name, value in run.record.items() if name not in ("versions", "stages", "plan")}
     stages = {name: entry for name, entry in run.stages().items() if name not in ("report", "plan")}
-    groups = [columns.QUARANTINE, *groups_of(run)]
+    groups = [columns.QUARANTINE, columns.DECISIONS, *groups_of(run)]
     facts = {group: column_groups.all_facts(run.uri, group, len(run.shards)) for group in groups}
     sources = {group: [fact and fact["source"] for fact in found] for group, found in facts.items()}
     evaluations = [[path, fingerprint(storage.read_bytes(path).decode())] for path in evaluation.files(run)]
     return [record | {"stages": stages}, sources, evaluations]
 
 
-def render(run: Run, found: dict[str, Any], evaluations: list[dict[str, Any]]) -> str:
-    """The page of what `data.collect` and `evaluation.stored` found."""
+def source_of(uri: str) -> str | None:
+    """What a report says that it was made from; None where there is none of ours."""
+    try:
+        head = storage.read_bytes(uri)[:HEAD_BYTES].decode(errors="replace")
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+        return None
+    found = re.search(r'<meta name="hardset-source" content="(\w+)">', head)
+    return found and found.group(1)
+
+
+def render(
+    run: Run, found: dict[str, Any], evaluations: list[dict[str, Any]], source: str, reviewed: bool = False
+) -> str:
+    """The page of what `data.collect` and `evaluation.stored` found; `reviewed`: the review page lies beside it."""
     found["data"]["groups"] = evaluation.groups(evaluations)
     found["data"]["title"] = words.run_name(run)
     tables = {
         "metrics": evaluation.metric_table(evaluations, found["data"].get("sets", {})),
         "outside": evaluation.outside(evaluations),
     }
-    environment = Environment(
-        loader=PackageLoader(__package__, TEMPLATE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )  # fmt: skip
-    environment.filters |= {"percent": words.percent, "breakable": breakable}
-    return environment.get_template("page.html").render(
+    templates = environment()
+    templates.filters |= {"percent": words.percent, "breakable": breakable}
+    return templates.get_template("page.html").render(
         **tables,
         title=found["data"]["title"],
+        source=source,
+        reviewed=reviewed,
         words=words,
         run=run,
         found=found,
@@ -134,22 +150,6 @@ def _mapped(data: dict[str, Any]) -> bool:
     return {"difficulty.rmd", "difficulty.margin"} <= names
 
 
-def json_block(data: dict[str, Any]) -> str:
-    """JSON that can stand in a script element whatever strings it holds."""
-    text = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    return text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
-
-
-def packed(script: str) -> str:
-    """A script as base64 of its gzip, the same bytes each time; the page unpacks it for the first chart."""
-    return base64.b64encode(gzip.compress(script.encode(), mtime=0)).decode()
-
-
 def breakable(text: str) -> Markup:
     """Text, escaped, whose paths may wrap after a slash rather than within a name."""
     return Markup(re.sub(r"(?<=/)(?=[^/])", "<wbr>", escape(text)))
-
-
-def asset(name: str) -> str:
-    """The text of a file of the template folder."""
-    return importlib.resources.files(__package__).joinpath(TEMPLATE, name).read_text(encoding="utf-8")

@@ -1,12 +1,12 @@
 """RUN/report/review.html: the queues of `review` with their pictures, in one file that works without a network."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from pipelines.report import review, words
+from pipelines.report.assets import asset, environment, json_block
 from pipelines.report.pictures import pictures
 from pipelines.report.review import Columns, Place, ReviewLimits
 from pipelines.report.scan import Limits
@@ -20,8 +20,16 @@ FORMULA = ("=", "+", "-", "@", "\t", "\r")  # a cell that begins so is a formula
 SCORES = {"label_error": 3, "margin": 1, "rmd": 1}
 
 
-def render(run: Run, names: list[str], limits: ReviewLimits | None = None) -> tuple[str, list[str]] | None:
-    """The page as HTML and notes on pictures that are missing; None where there is nothing to review.
+class ReviewPage(NamedTuple):
+    """The page, notes on pictures that are missing, and how many samples stand in each queue."""
+
+    html: str
+    notes: list[str]
+    queues: dict[str, int]
+
+
+def render(run: Run, names: list[str], limits: ReviewLimits | None = None) -> ReviewPage | None:
+    """The review page of a run; None where there is nothing to review.
 
     Parameters
     ----------
@@ -34,18 +42,17 @@ def render(run: Run, names: list[str], limits: ReviewLimits | None = None) -> tu
     if found is None:
         return None
     data, notes = _data(run, names, found)
-    environment = Environment(
-        loader=PackageLoader(__package__, "template"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )  # fmt: skip
-    from pipelines.report.page import asset, json_block
-
-    page = environment.get_template("review.html").render(
-        title=words.run_name(run),
-        data=Markup(json_block(data)),
-        css=Markup(asset("page.css") + asset("review.css")),
-        script=Markup(asset("review.js")),
+    html = (
+        environment()
+        .get_template("review.html")
+        .render(
+            title=words.run_name(run),
+            data=Markup(json_block(data)),
+            css=Markup(asset("page.css") + asset("review.css")),
+            script=Markup(asset("review.js")),
+        )
     )
-    return page, notes
+    return ReviewPage(html, notes, {queue["name"]: len(queue["ids"]) for queue in found["queues"]})
 
 
 def _data(run: Run, names: list[str], found: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:

@@ -13,8 +13,7 @@ import pytest
 from PIL import Image
 from scipy.stats import kendalltau, spearmanr
 
-from pipelines.report import page as page_module
-from pipelines.report import words
+from pipelines.report import assets, words
 from pipelines.report.curves import error_by_difficulty, histogram, wilson
 from pipelines.report.data import collect
 from pipelines.report.page import json_block, report
@@ -207,7 +206,7 @@ def test_pictures_keep_to_their_share_of_the_page(copied):
 
 def test_text_and_charts_can_be_read_in_both_themes():
     """WCAG 2.2 AA: 4.5:1 for text on every ground, 3:1 for what is drawn on the page and on cards."""
-    themes = re.findall(r"^:root.*?{(.*?)^}", page_module.asset("page.css"), re.S | re.M)
+    themes = re.findall(r"^:root.*?{(.*?)^}", assets.asset("page.css"), re.S | re.M)
     assert len(themes) == 2
     for theme in themes:
         colors = dict(re.findall(r"--([\w-]+): (#[0-9a-f]{6});", theme))

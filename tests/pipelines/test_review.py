@@ -102,11 +102,11 @@ def test_a_run_without_scores_has_nothing_to_review(tmp_path, ray_session):
 @pytest.fixture(scope="module")
 def page_file(scored):
     run, _ = scored
-    html, notes = review_page.render(run, ["cat", "dog", "eel <b>", "fox"], LIMITS)
-    assert notes == []
+    made = review_page.render(run, ["cat", "dog", "eel <b>", "fox"], LIMITS)
+    assert made.notes == []
     path = pathlib.Path(run.path("report", "review.html"))
     path.parent.mkdir(exist_ok=True)
-    path.write_text(html)
+    path.write_text(made.html)
     return path
 
 
