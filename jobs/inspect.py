@@ -35,6 +35,8 @@ def _show(summary: dict) -> None:
         say(
             f"  {entry['count']:>8,} × {reason}  (e.g. shard {entry['example']['shard']}, key {entry['example']['key']!r})"
         )
+    if any(summary["decisions"].values()):
+        say("decided: " + ", ".join(f"{count:,} {kind}" for kind, count in summary["decisions"].items()))
     for group, found in summary["groups"].items():
         say(f"{group}: {found['shards']} shards")
         for name, quantiles in found["quantiles"].items():
