@@ -26,7 +26,7 @@ import numpy as np
 import torch
 
 from ops.difficulty import difficulty_weight, kmeans_difficulty
-from pipelines.runs import column_groups, columns
+from pipelines.runs import columns, joins
 from pipelines.runs.record import Run
 from pipelines.training.groups import GroupRule, Resampling
 from pipelines.training.loop import Plan, Recipe, Training, Workplace
@@ -87,7 +87,7 @@ def _difficulty(alpha: float, weight: str, more: str = "") -> Line:
 
 def weights_of(run: Run, seed: int = 0) -> dict[str, np.ndarray]:
     """Eq. 10's weights from several difficulties, scales and temperatures, in shard order."""
-    table = column_groups.load(run.uri, ["difficulty.rmd", "difficulty.md", "embeddings.embedding"])
+    table = joins.load(run.uri, ["difficulty.rmd", "difficulty.md", "embeddings.embedding"])
     rmd, md = (table[f"difficulty.{name}"].to_numpy().astype(np.float64) for name in ("rmd", "md"))
     features = columns.vectors(table["embeddings.embedding"])
     kmeans = kmeans_difficulty(features, k=len(run.classes), seed=seed).astype(np.float64)

@@ -18,7 +18,7 @@ from jobs.options import RunOptions
 from jobs.session import ray_session
 from ops.models import load_classifier
 from pipelines.evaluation.predict import predict
-from pipelines.runs import column_groups, columns
+from pipelines.runs import column_groups, columns, joins
 from pipelines.runs.record import Run
 from pipelines.training.loop import Plan, Recipe, train_classifier
 from pipelines.training.objective import LossChoice
@@ -75,7 +75,7 @@ def predict_last(run: Run, folder: str, name: str) -> None:
 
 def difficulty_losses(run: Run) -> dict[str, tuple[LossChoice, str | None]]:
     """CE, entropy regularisation, that at the mean strength of eq. 9 on a scored run, and eq. 9; each with its weights."""
-    mean = float(column_groups.load(run.uri, [WEIGHT])[WEIGHT].to_numpy().mean())
+    mean = float(joins.load(run.uri, [WEIGHT])[WEIGHT].to_numpy().mean())
     plain = "entropy_regularized"
     return {
         "CE": (LossChoice(), None),

@@ -13,7 +13,7 @@ from jobs.options import RunOptions, named
 from jobs.session import ray_session
 from pipelines.corpus.digits import Faults, findings, write_digits
 from pipelines.report.gallery import contact_sheet
-from pipelines.runs import column_groups, storage
+from pipelines.runs import joins, storage
 from pipelines.runs.record import Run
 from pipelines.summary import quarantine_reasons
 
@@ -53,7 +53,7 @@ def demo(options: DemoOptions) -> dict:
         if status:
             raise SystemExit(status)
         run = Run.open(run_uri)
-        found = findings(column_groups.load(run_uri, _SCORES), faults)
+        found = findings(joins.load(run_uri, _SCORES), faults)
         sheet = out / "hardest-and-easiest.png"
         contact_sheet(run).save(sheet)
     _show(found, run, faults)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
-from pipelines.runs import column_groups, storage
+from pipelines.runs import joins, storage
 from pipelines.runs.record import Run
 from pipelines.training.ingest import WINDOW, Loader
 from pipelines.training.source import Source
@@ -60,7 +60,7 @@ def with_columns(run_uri: str, names: Sequence[str]) -> Callable[[Iterable[Sampl
         for sample in samples:
             if sample["__url__"] != url:
                 url = sample["__url__"]
-                table = column_groups.join(run.uri, find(url), names).select(["key", "row", *names])
+                table = joins.join(run.uri, find(url), names).select(["key", "row", *names])
                 left = {record.pop("key"): record for record in table.to_pylist()}
             # Taken out: a later sample of the same key is a duplicate, and was quarantined.
             found = left.pop(sample["__key__"], None)

@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 from ops.label_quality import label_quality_of_margin, normalized_margin
 from pipelines.corpus.shards import read_images
 from pipelines.curation.select import write_uids
-from pipelines.runs import column_groups, columns, storage
+from pipelines.runs import column_groups, columns, joins, storage
 from pipelines.runs.record import Run
 
 FORMATS = ("table", "cleanlab", "npy", "fiftyone", "datacomp")
@@ -140,7 +140,7 @@ def shard_tables(run: Run, names: Iterable[str], subset: str | None = None) -> I
     wanted = list(dict.fromkeys(names))
 
     def table_of(shard: int, rows: np.ndarray | None) -> pa.Table:
-        table = column_groups.join(run.uri, shard, wanted).replace_schema_metadata(None)  # a shard's own facts
+        table = joins.join(run.uri, shard, wanted).replace_schema_metadata(None)  # a shard's own facts
         return table if rows is None else table.filter(pa.array(np.isin(table["row"].to_numpy(), rows)))
 
     parts = (

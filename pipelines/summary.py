@@ -8,8 +8,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipelines.corpus.shardlist import evenly
-from pipelines.curation import decisions
-from pipelines.runs import column_groups, columns, storage
+from pipelines.runs import column_groups, columns, decisions, storage
 from pipelines.runs.record import Run
 
 QUANTILES = (0.0, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1.0)

@@ -101,6 +101,25 @@ class LabelSource:
             return self._from_text(_text_of(data, "label"))
         return self._from_value(self._field_of(data))
 
+    def write(self, data: bytes, label: int) -> bytes:
+        """A label member's bytes with another label, in the form of the one that it has: a name, a number, a JSON string."""
+        if self.kind == "cls":
+            return self._written(_text_of(data, "label").strip(), label).encode()
+        record = json.loads(text.decode(data))
+        holder, name = record, self.field
+        if name not in record:
+            *path, name = self.field.split(".")
+            for part in path:
+                holder = holder[part]
+        value = holder[name]
+        holder[name] = self._written(value, label) if isinstance(value, str) else label
+        return json.dumps(record, ensure_ascii=False).encode()
+
+    def _written(self, before: str, label: int) -> str:
+        if self._only_names or before in self._index:
+            return list(self._index)[label]
+        return str(label)
+
     def _field_of(self, data: bytes) -> object:
         try:
             record = json.loads(text.decode(data))

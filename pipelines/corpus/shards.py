@@ -11,7 +11,7 @@ import json
 import tarfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
@@ -20,6 +20,7 @@ import pyarrow as pa
 from pipelines.corpus.samples import (
     IMAGE_SUFFIXES,
     MAX_IMAGE_BYTES,
+    MAX_LABEL_BYTES,
     Entry,
     LabelSource,
     SampleNumbering,
@@ -161,11 +162,21 @@ class SubsetSample(NamedTuple):
     sha256: str
 
 
-def write_subset_shard(sources: Sequence[tuple[Shard, int, Sequence[int]]], uri: str) -> list[SubsetSample]:
+class Relabelled(NamedTuple):
+    """Samples that get another label: how labels are read and written, and by (shard, row) the old label and the new."""
+
+    source: LabelSource
+    labels: Mapping[tuple[int, int], tuple[int, int]]
+
+
+def write_subset_shard(
+    sources: Sequence[tuple[Shard, int, Sequence[int]]], uri: str, relabelled: Relabelled | None = None
+) -> list[SubsetSample]:
     """Copy chosen samples of one or more shards into one new tar, whole or not at all.
 
-    Every regular member of a sample is copied byte for byte under its name, in the order found; headers are always the
-    same (mode 0644, no owner, no time), so equal sources give equal files. Memory: a chunk.
+    Every regular member of a sample is copied byte for byte under its name, in the order found, but for the label member of
+    a sample that is relabelled; headers are always the same (mode 0644, no owner, no time), so equal sources give equal
+    files. Memory: a chunk.
 
     Parameters
     ----------
@@ -173,6 +184,7 @@ def write_subset_shard(sources: Sequence[tuple[Shard, int, Sequence[int]]], uri:
         A shard, its number in the run, the ascending rows wanted of it.
     uri : str
         The tar to write.
+    relabelled : Relabelled, optional
 
     Returns
     -------
@@ -188,7 +200,7 @@ def write_subset_shard(sources: Sequence[tuple[Shard, int, Sequence[int]]], uri:
 
     def write() -> list[SubsetSample]:
         with storage.write_atomic(uri) as output:
-            writer = _SubsetWriter(output)
+            writer = _SubsetWriter(output, relabelled)
             written = [sample for source in sources for sample in _copy_samples(*source, writer)]
             writer.close()
         return written
@@ -326,8 +338,8 @@ def _wait_or_raise(url: str, attempt: int, error: OSError) -> None:
 class _SubsetWriter:
     """Writes members with fixed headers; gives samples keys that are unique in this tar."""
 
-    def __init__(self, output: BinaryIO):
-        self._output, self._keys = output, set()
+    def __init__(self, output: BinaryIO, relabelled: Relabelled | None = None):
+        self._output, self._keys, self._relabelled = output, set(), relabelled
 
     def unique(self, key: str, number: int) -> str:
         folder, last = key[: key.rfind("/") + 1], key[key.rfind("/") + 1 :]
@@ -344,6 +356,19 @@ class _SubsetWriter:
         for piece in pieces:
             self._output.write(piece)
         self._output.write(bytes(-size % BLOCK))
+
+    def relabel(self, tar: TarStream, member: Member, sample: SubsetSample, suffix: str) -> bytes | None:
+        """The bytes of a member that holds the old label of a sample that gets another; None for every other member."""
+        if self._relabelled is None or not self._relabelled.source.rank(suffix):
+            return None
+        old, new = self._relabelled.labels.get((sample.shard, sample.row), (None, None))
+        if old is None or member.size > MAX_LABEL_BYTES:
+            return None
+        data = tar.body()
+        try:
+            return self._relabelled.source.write(data, new) if self._relabelled.source.read(data) == old else data
+        except ValueError:  # another member of that suffix, which is no label
+            return data
 
     def close(self) -> None:
         self._output.write(bytes(2 * BLOCK))
@@ -385,20 +410,25 @@ def _copy_wanted(
         if sample is None:
             sample = SubsetSample(number, place.row, place.key, writer.unique(place.key, number), "")
         if member.kind == "file":
-            digest = _copy_member(tar, member, sample, writer)
+            digest = _copy_member(tar, member, sample, writer, place.suffix)
             rank = member_rank(place.suffix, IMAGE_SUFFIXES, image)
             if rank > ranks[place.row]:
                 ranks[place.row], sample = rank, sample._replace(sha256=digest)
         copied[place.row] = sample
 
 
-def _copy_member(tar: TarStream, member: Member, sample: SubsetSample, writer: _SubsetWriter) -> str:
+def _copy_member(tar: TarStream, member: Member, sample: SubsetSample, writer: _SubsetWriter, suffix: str) -> str:
     digest = hashlib.sha256()
+    name = sample.key + member.name[len(sample.source_key) :]
+    data = writer.relabel(tar, member, sample, suffix)
+    if data is not None:
+        writer.add(name, len(data), iter([data]))
+        return hashlib.sha256(data).hexdigest()
 
     def hashed() -> Iterator[bytes]:
         for piece in tar.pieces():
             digest.update(piece)
             yield piece
 
-    writer.add(sample.key + member.name[len(sample.source_key) :], member.size, hashed())
+    writer.add(name, member.size, hashed())
     return digest.hexdigest()

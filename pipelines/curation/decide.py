@@ -6,10 +6,10 @@ from typing import Any, NamedTuple
 
 import pyarrow as pa
 
-from pipelines.curation import decisions as decided
 from pipelines.curation.decision_files import Line, check_own_label, key_candidates, read_lines
-from pipelines.curation.decisions import DROP, KEEP, RELABEL
 from pipelines.runs import column_groups, columns, storage
+from pipelines.runs import decisions as decided
+from pipelines.runs.decisions import DROP, KEEP, RELABEL
 from pipelines.runs.errors import UserError
 from pipelines.runs.record import Run
 from pipelines.runs.tasks import in_order

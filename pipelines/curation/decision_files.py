@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import NamedTuple
 
-from pipelines.curation.decisions import DECISIONS, KEEP
+from pipelines.runs.decisions import DECISIONS, KEEP
 from pipelines.runs.errors import UserError
 
 # What a column may be called, the likeliest name first; compared in lower case.

@@ -17,8 +17,9 @@ from ops.draws import uniform
 from ops.ranks import Cells, merge_counts, sortable
 from pipelines.curation import subsets
 from pipelines.curation.conditions import Condition, condition
-from pipelines.runs import column_groups, columns
+from pipelines.runs import column_groups, columns, joins
 from pipelines.runs.errors import UserError
+from pipelines.runs.labels import DECISION, is_dropped, label_sources
 from pipelines.runs.record import Run
 from pipelines.runs.tasks import in_order, merged_parts
 
@@ -159,8 +160,8 @@ class Pool:
         rule, names = self.rule, [self.rule.by]
         names += [rule.stratify[0]] if rule.stratify else []
         asked = self.condition.names if self.condition else ()
-        table = column_groups.join(self.run_uri, shard, dict.fromkeys([*names, *asked]))
-        labels, dropped = labels_of(table)
+        table = joins.join(self.run_uri, shard, dict.fromkeys([*names, *asked, DECISION]))
+        labels, dropped = columns.labels_or_minus_one(table["label"]), is_dropped(table[DECISION])
         values = [_finite(table[name]) for name in names]
         scored = np.logical_and.reduce([np.isfinite(v) for v in values]) & ~dropped
         passed = scored & (labels >= 0) if rule.per_class else scored
@@ -181,12 +182,6 @@ class Pool:
         return Candidates(chosen.filter(pa.array(passed)), keys, groups), Tally(int(scored.sum()), int(passed.sum()))
 
 
-def labels_of(table: pa.Table) -> tuple[np.ndarray, np.ndarray]:
-    """Label of each row of a shard's table, -1 for none, and whether the sample was dropped."""
-    labels = columns.labels_or_minus_one(table["label"])
-    return labels, np.zeros(len(labels), bool)
-
-
 def _finite(column: pa.ChunkedArray) -> np.ndarray:
     """A column of numbers as float32 (n,), NaN where there is no value."""
     return column.cast(pa.float32(), safe=False).fill_null(np.nan).to_numpy()
@@ -205,8 +200,9 @@ def sources_of(run: Run, pool: Pool) -> dict[str, list[str]]:
     """What a rule's choice is made from: the sources of the column groups it looks at, by group, and of other subsets."""
     rule = pool.rule
     names = [rule.by, *([rule.stratify[0]] if rule.stratify else []), *(pool.condition.names if pool.condition else ())]
-    groups = sorted({columns.split_name(name)[0] for name in names} | {columns.EMBEDDINGS})
+    groups = sorted({columns.split_name(name)[0] for name in names} - {columns.DECISIONS})
     found = {group: [f["source"] for f in column_groups.all_facts(run.uri, group, len(run.shards))] for group in groups}
+    found[columns.EMBEDDINGS] = label_sources(run, run.embedding_facts())
     others = {f"subsets/{name}": [subsets.check_subset(run, name, "exclude")["source"]] for name in rule.exclude}
     return found | others
 

@@ -14,10 +14,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipelines.corpus.shards import write_subset_shard
+from pipelines.corpus.samples import LabelSource, label_source
+from pipelines.corpus.shards import Relabelled, write_subset_shard
 from pipelines.curation import rules, subsets
 from pipelines.curation.rules import Pool, Rule, TiesBefore
-from pipelines.runs import column_groups, columns, storage
+from pipelines.runs import column_groups, columns, decisions, storage
 from pipelines.runs.errors import StageFailed, UserError
 from pipelines.runs.progress import Progress
 from pipelines.runs.record import Run, Shard, fingerprint
@@ -31,15 +32,18 @@ class NothingPasses(UserError):
     """No sample is left to take."""
 
 
-def write_subset(output: int, members: list[Member], pool: Pool, cuts: rules.Cuts, name: str, folder: str) -> pa.Table:
+def write_subset(
+    output: int, members: list[Member], pool: Pool, cuts: rules.Cuts, labels: LabelSource, name: str, folder: str
+) -> pa.Table:
     """Ray task: one subset shard from consecutive input shards; returns its part of the manifest."""
     tar_name = f"{name}-{output:06d}.tar"
     chosen = [(shard, rules.selected(number, pool, cuts, before)) for number, shard, before in members]
     sources = [
         (shard, table["shard"][0].as_py(), table["row"].to_pylist()) for shard, table in chosen if table.num_rows
     ]
-    written = write_subset_shard(sources, storage.join(folder, tar_name))
-    table = pa.concat_tables([table for _, table in chosen])
+    table = _with_original_label(pa.concat_tables([table for _, table in chosen]), pool.run_uri)
+    relabelled = Relabelled(labels, changes) if (changes := _changes(table)) else None
+    written = write_subset_shard(sources, storage.join(folder, tar_name), relabelled)
     if [w.source_key for w in written] != table["key"].to_pylist():
         raise StageFailed(f"{tar_name}: a shard changed since it was embedded; run the same curate command again")
     url_of = {number: shard.url for number, shard, _ in members}
@@ -47,7 +51,28 @@ def write_subset(output: int, members: list[Member], pool: Pool, cuts: rules.Cut
     table = table.append_column("url", pa.array([url_of[s] for s in table["shard"].to_pylist()], pa.string()))
     table = table.append_column("subset_shard", pa.array([tar_name] * table.num_rows, pa.string()))
     table = table.append_column("subset_key", pa.array([w.key for w in written], pa.string()))
-    return table.cast(subsets.MANIFEST_SCHEMA)
+    return table.select(subsets.MANIFEST_SCHEMA.names).cast(subsets.MANIFEST_SCHEMA)
+
+
+def _with_original_label(table: pa.Table, run_uri: str) -> pa.Table:
+    """A table of chosen samples with the corpus's label of those that have another now, null elsewhere."""
+    original = np.full(table.num_rows, -1, np.int64)
+    shards = table["shard"].to_numpy()
+    for shard in np.unique(shards).tolist():
+        if decisions.read_history(run_uri, shard).num_rows:
+            known = column_groups.read(run_uri, columns.EMBEDDINGS, shard, ["row", "label"])
+            mine = shards == shard
+            at = np.searchsorted(known["row"].to_numpy(), table["row"].to_numpy()[mine])
+            original[mine] = columns.labels_or_minus_one(known["label"])[at]
+    changed = (original >= 0) & (original != columns.labels_or_minus_one(table["label"]))
+    return table.append_column("original_label", pa.array(original, mask=~changed))
+
+
+def _changes(table: pa.Table) -> dict[tuple[int, int], tuple[int, int]]:
+    """By (shard, row) the old label and the new one of the samples that have another now."""
+    changed = table.filter(table["original_label"].is_valid())
+    names = ("shard", "row", "original_label", "label")
+    return {(s, r): (old, new) for s, r, old, new in zip(*(changed[name].to_pylist() for name in names))}
 
 
 def select(run: Run, rule: Rule, name: str = "hard", samples_per_shard: int = 1000) -> dict:
@@ -90,7 +115,8 @@ def select(run: Run, rule: Rule, name: str = "hard", samples_per_shard: int = 10
         "passed": tally.passed,
     }
     with staged_folder(run.uri, "subsets", name, marker=subsets.MANIFEST) as folder:
-        _write(run, rule, name, entry, wanted, in_order(write_subset, outputs, pool, cuts, name, folder), folder)
+        parts = in_order(write_subset, outputs, pool, cuts, label_source(run.config), name, folder)
+        _write(run, rule, name, entry, wanted, parts, folder)
     entry["seconds"] = time.monotonic() - started
     run.finish_stage(f"select/{name}", **entry)
     return entry | {"path": path, "skipped": False}
@@ -162,6 +188,7 @@ def _card(run: Run, rule: Rule, name: str, entry: dict, wanted: np.ndarray) -> s
     if rule.per_class:
         rows = "\n".join(f"| {_text(run.classes[label])} | {count} |" for label, count in enumerate(wanted.tolist()))
         per_class = f"\n| class | samples |\n|---|---|\n{rows}\n"
+    decided = sum(decisions.count(run).values())
     last, usable = entry["shards"] - 1, sum(f["rows"] for f in run.embedding_facts())
     plain = re.fullmatch(r"[\w.-]+", name)  # else a pattern would mean something else than the name
     pattern = "*.tar" if not plain else f"{name}-{{000000..{last:06d}}}.tar" if last else f"{name}-000000.tar"
@@ -177,7 +204,7 @@ configs:
 {_code(str(rule))}
 
 Selected by hardset from {len(run.shards)} shards ({usable:,} usable samples), encoder {_code(run.config.encoder)},
-labels from {_code(run.config.label)}. The members of every sample are the original bytes.
+labels from {_code(run.config.label)}. The members of every sample are the original bytes{_relabelled(decided)}.
 {per_class}
 | file | what |
 |---|---|
@@ -193,6 +220,16 @@ for sample in webdataset.WebDataset({urls}, shardshuffle=False).decode("pil"):
 
 Rule: {_code(json.dumps(rule.told(), ensure_ascii=False))}; made from `{entry["source"]}`.
 """
+
+
+def _relabelled(decided: int) -> str:
+    """What the card says of decisions; nothing without any."""
+    if not decided:
+        return ""
+    return (
+        f", but for the label of those that were relabelled: people decided on {decided:,} samples of the run; where another "
+        "label was decided, the label member holds it, and the manifest the corpus's as `original_label`"
+    )
 
 
 def _text(text: str) -> str:

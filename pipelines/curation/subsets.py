@@ -21,6 +21,9 @@ MANIFEST_SCHEMA = pa.schema(
     [
         *columns.KEYS,
         columns.LABEL,
+        pa.field(
+            "original_label", pa.int64(), metadata={"meaning": "of the corpus, where another one was decided since"}
+        ),
         pa.field("score", pa.float32()),
         pa.field("sha256", pa.string(), metadata={"meaning": "of the image's encoded bytes"}),
         pa.field("url", pa.string(), metadata={"meaning": "the shard that it comes from"}),

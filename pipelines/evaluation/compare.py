@@ -10,7 +10,7 @@ from scipy.stats import kendalltau, pearsonr, spearmanr
 
 from ops.checks import UndefinedMetricError
 from ops.correlation import ErrorBands, error_bands, error_correlation
-from pipelines.runs import column_groups, columns
+from pipelines.runs import column_groups, columns, joins
 from pipelines.runs.record import Run
 
 TOP = 0.1  # the share of the highest scores whose overlap is told
@@ -156,7 +156,7 @@ def error_curve(run: Run, column: str, predictions: str, bands: int = 10) -> dic
     """
     group = f"predictions/{predictions}"
     wanted = [column, f"{group}.label", f"{group}.prediction"]
-    table = pa.concat_tables([column_groups.join(run.uri, shard, wanted) for shard in range(len(run.shards))])
+    table = pa.concat_tables([joins.join(run.uri, shard, wanted) for shard in range(len(run.shards))])
     table = table.select(wanted).filter(pc.is_finite(table[column].cast(pa.float64())).fill_null(False)).drop_null()
     if not len(table):
         raise ValueError(f"--predictions {predictions}: no sample of {run.uri} has a label, a prediction and {column}")

@@ -14,7 +14,7 @@ from scipy.special import log_softmax, softmax
 
 from ops.calibration import MetaCalibration, TemperatureScaling, reliability_curve
 from ops.selective import CONFIDENCES, confidence
-from pipelines.runs import column_groups, columns, storage
+from pipelines.runs import column_groups, columns, joins, storage
 from pipelines.runs.record import Run
 from pipelines.runs.tasks import in_order
 
@@ -163,7 +163,7 @@ def shard_outcomes(
     """Ray task: the outcomes of one shard."""
     logits, labels = labelled_logits(predictions, shard, calibrator)
     known = labels >= 0
-    table = column_groups.join(predictions.run_uri, shard, extras) if extras else None
+    table = joins.join(predictions.run_uri, shard, extras) if extras else None
     values = {name: _floats(table[name])[known] for name in extras}
     return outcomes(logits[known], labels[known], values, int((~known).sum()))
 

@@ -7,7 +7,7 @@ import pyarrow as pa
 from PIL import Image, ImageDraw, ImageOps
 
 from pipelines.corpus.shards import read_images
-from pipelines.runs import column_groups, columns
+from pipelines.runs import columns, joins
 from pipelines.runs.record import Run, Shard
 from pipelines.runs.tasks import in_order
 
@@ -29,7 +29,7 @@ def extremes(run: Run, column: str, each: int) -> tuple[pa.Table, pa.Table]:
 
 def _shard_extremes(shard: int, run_uri: str, column: str, each: int) -> tuple[pa.Table, pa.Table]:
     """Ray task: a shard's extremes of each class."""
-    table = column_groups.join(run_uri, shard, [column])
+    table = joins.join(run_uri, shard, [column])
     table = table.filter(pa.compute.is_finite(table[column].fill_null(np.nan)))
     return _first_of_class(table, column, each, "descending"), _first_of_class(table, column, each, "ascending")
 

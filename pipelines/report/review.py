@@ -18,9 +18,9 @@ import numpy as np
 import pyarrow as pa
 
 from ops.review import allocate, look_order
-from pipelines.curation import decisions as decided
 from pipelines.report.scan import floats
-from pipelines.runs import column_groups, columns
+from pipelines.runs import column_groups, columns, joins
+from pipelines.runs import decisions as decided
 from pipelines.runs.record import Run
 from pipelines.runs.tasks import in_order
 
@@ -133,7 +133,7 @@ def collect(run: Run, limits: ReviewLimits) -> dict[str, Any] | None:
 
 def _shard_queues(shard: int, run_uri: str, have: Columns, limits: ReviewLimits) -> _Found:
     """Ray task: what one shard holds for each queue."""
-    table = column_groups.join(run_uri, shard, have.names)
+    table = joins.join(run_uri, shard, have.names)
     known = decided.in_force(decided.read_history(run_uri, shard))["row"]
     table = table.filter(pa.compute.invert(pa.compute.is_in(table["row"], known.combine_chunks())))
     draws = _hashes(table, limits.seed)

@@ -12,7 +12,7 @@ from typing import Literal
 import numpy as np
 import pyarrow as pa
 
-from pipelines.runs import column_groups, columns
+from pipelines.runs import column_groups, columns, joins
 from pipelines.runs.record import Run
 from pipelines.runs.tasks import in_order
 from pipelines.summary import groups_of
@@ -247,7 +247,7 @@ def scan_shard(
     steps: tuple[int, int],
 ) -> Scan:
     """Ray task: what one shard adds; `firsts` are where its evenly spaced rows begin."""
-    table = column_groups.join(run_uri, shard, [*names, *ranks])
+    table = joins.join(run_uri, shard, [*names, *ranks])
     values, points = (table.take(pa.array(np.arange(f, table.num_rows, s))) for f, s in zip(firsts, steps))
     return Scan(
         values.select(["shard", "label", *names]),

@@ -14,7 +14,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
@@ -225,36 +224,6 @@ def schema(run_uri: str, group: str, shard: int = 0) -> pa.Schema:
         return pq.read_schema(path, filesystem=filesystem)
 
 
-def join(run_uri: str, shard: int, names: Iterable[str]) -> pa.Table:
-    """One shard's keys, label and the named columns ('difficulty.rmd'; 'embeddings.embedding'), joined by row.
-
-    The rows are those of `embeddings/`; where a group lacks a row its columns are null. Columns keep their full names.
-
-    Raises
-    ------
-    ValueError
-        If the run has no such group or column.
-    """
-    base = read(run_uri, columns.EMBEDDINGS, shard, ["key", "shard", "row", "label"])
-    rows = base["row"].to_numpy()
-    wanted: dict[str, list[str]] = {}
-    for full in names:
-        group, name = columns.split_name(full)
-        wanted.setdefault(group, []).append(name)
-    made_from = (facts(run_uri, columns.EMBEDDINGS, shard) or {}).get("source")
-    for group, columns_of_group in wanted.items():
-        check_fresh(group, shard, made_from, facts(run_uri, group, shard))
-        found = _read_named(run_uri, group, shard, columns_of_group)
-        theirs = found["row"].to_numpy()
-        if not np.array_equal(rows, theirs):
-            at = np.searchsorted(theirs, rows).clip(max=max(0, len(theirs) - 1))
-            missing = theirs[at] != rows if len(theirs) else np.ones(len(rows), bool)
-            found = found.take(pa.array(at, mask=missing))
-        for name in columns_of_group:
-            base = base.append_column(found.schema.field(name).with_name(f"{group}.{name}"), found[name])
-    return base
-
-
 def check_fresh(group: str, shard: int, embeddings_source: str | None, found: dict[str, Any] | None) -> None:
     """ValueError if a group's file was made from embeddings that have been replaced since (its fact `embeddings`)."""
     if found and found.get("embeddings", embeddings_source) != embeddings_source:
@@ -265,24 +234,3 @@ def check_group_fresh(group: str, embedded: Sequence[dict[str, Any]], run_uri: s
     """`check_fresh` of all shards of a run, of which `embedded` are the facts of the embeddings."""
     for shard, (ours, theirs) in enumerate(zip(embedded, all_facts(run_uri, group, len(embedded)))):
         check_fresh(group, shard, ours["source"], theirs)
-
-
-def _read_named(run_uri: str, group: str, shard: int, names: list[str]) -> pa.Table:
-    try:
-        there = schema(run_uri, group, shard).names
-    except FileNotFoundError:
-        raise ValueError(f"{run_uri} has no {group}/ for shard {shard}; {columns.how_to_make(group)}") from None
-    for name in names:
-        if name not in there:
-            scores = ", ".join(n for n in there if n not in columns.KEYS_AND_LABEL)
-            raise ValueError(f"column {group}.{name}: {group}/ has no column {name!r}, it has {scores}")
-    return read(run_uri, group, shard, list(dict.fromkeys(["row", *names])))
-
-
-def load(run_uri: str, names: Iterable[str]) -> pa.Table:
-    """Columns of a whole run as one Arrow table, for a notebook: `load(RUN, ["difficulty.rmd", "difficulty.margin"])`.
-
-    Memory grows with the run; the stages themselves go shard by shard.
-    """
-    files = storage.list_files(storage.join(run_uri, columns.EMBEDDINGS), ".parquet")
-    return pa.concat_tables([join(run_uri, shard, list(names)) for shard in range(len(files))])

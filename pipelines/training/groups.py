@@ -6,7 +6,7 @@ from itertools import pairwise
 import numpy as np
 import pyarrow as pa
 
-from pipelines.runs import column_groups, columns
+from pipelines.runs import columns, joins
 from pipelines.runs.record import Run
 from pipelines.runs.tasks import in_order
 
@@ -122,7 +122,7 @@ class Resampling:
 
 def sketch(shard: int, run_uri: str, column: str) -> tuple[np.ndarray, float]:
     """Ray task: at most SKETCH values that stand for a shard's column, and how many samples each stands for."""
-    table = column_groups.join(run_uri, shard, [column])
+    table = joins.join(run_uri, shard, [column])
     values = np.asarray(table[column].filter(table["label"].is_valid()).drop_null().to_numpy(), np.float64)
     if len(values) <= SKETCH:
         return np.sort(values), 1.0

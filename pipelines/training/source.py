@@ -6,7 +6,8 @@ import pyarrow as pa
 
 from ops.draws import uniform
 from pipelines.curation import subsets
-from pipelines.runs import column_groups
+from pipelines.runs import joins
+from pipelines.runs.labels import DECISION, is_dropped
 from pipelines.runs.record import Run, Shard
 
 
@@ -43,11 +44,11 @@ class Source:
 
     def keys(self, shard: int) -> pa.Table:
         """key, shard, row, label and the columns of a shard's samples, in shard order. Reads no vectors, no images."""
-        table = column_groups.join(self.run_uri, shard, self.columns)
-        keep = table["label"].is_valid().to_numpy(zero_copy_only=False)
+        table = joins.join(self.run_uri, shard, [*self.columns, DECISION])
+        keep = table["label"].is_valid().to_numpy(zero_copy_only=False) & ~is_dropped(table[DECISION])
         if self.subset is not None:
             keep &= subsets.holds(table, self.run_uri, self.subset, shard)
         if self.part != "all" and self.holdout:
             held = uniform(self.seed, shard, table["row"].to_numpy()) < self.holdout
             keep &= held == (self.part == "holdout")
-        return table.filter(pa.array(keep))
+        return table.drop_columns([DECISION]).filter(pa.array(keep))

@@ -26,6 +26,7 @@ from pipelines.corpus.shards import iter_images
 from pipelines.curation.subsets import check_subset
 from pipelines.runs import column_groups, columns, storage
 from pipelines.runs.errors import StageFailed
+from pipelines.runs.labels import label_sources
 from pipelines.runs.record import PRODUCTS, Run, fingerprint
 from pipelines.runs.tasks import in_order
 from pipelines.training.assess import EvaluationSet
@@ -347,6 +348,8 @@ def _lineage(
 
 
 def _sources(run: Run, group: str) -> list[str]:
+    if group == columns.EMBEDDINGS:
+        return label_sources(run, run.embedding_facts())
     return [fact["source"] if fact else "" for fact in column_groups.all_facts(run.uri, group, len(run.shards))]
 
 

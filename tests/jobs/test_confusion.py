@@ -5,7 +5,7 @@ import json
 import pytest
 
 from jobs import confusion
-from pipelines.runs import column_groups, storage
+from pipelines.runs import column_groups, joins, storage
 from pipelines.runs.record import Run
 from tests.pipelines.synthetic import make_run
 
@@ -29,7 +29,7 @@ def test_trains_scores_goes_on_and_does_nothing_twice(tmp_path, capsys):
     assert (first["epochs_trained"], first["confusion"]["rows"], first["scored"]["rows"]) == (4, 100, 30)
     assert [m["seed"] for m in first["members"]] == [0, 1] and all(m["accuracy"] > 0.3 for m in first["members"])
     for uri, rows in ((run.uri, 100), (other.uri, 30)):
-        scores = column_groups.load(uri, ["confusion.confusion"])["confusion.confusion"].to_numpy()
+        scores = joins.load(uri, ["confusion.confusion"])["confusion.confusion"].to_numpy()
         assert len(scores) == rows and 0 <= scores.min() <= scores.max() <= 1.585
     assert Run.open(other.uri).stage("confusion")["trained_on"] == run.uri
 

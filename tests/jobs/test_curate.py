@@ -18,7 +18,7 @@ from jobs.fit import main as fit
 from jobs.inspect import main as inspect
 from jobs.score import main as score
 from jobs.select import main as select
-from pipelines.runs import column_groups
+from pipelines.runs import joins
 from pipelines.runs.record import Run
 
 pytestmark = pytest.mark.usefixtures("ray_session")
@@ -137,7 +137,7 @@ def test_more_shards_are_embedded_alone_and_the_scores_equal_a_fresh_run(tmp_pat
     assert result_of(capsys)["embed"]["shards_done"] == 2
     assert (first.stat().st_ino, first.stat().st_mtime_ns) == old
     assert curate(arguments(both, tmp_path / "fresh")) == 0
-    grown, fresh = (column_groups.load(str(run), ["difficulty.rmd"]) for run in (copied, tmp_path / "fresh"))
+    grown, fresh = (joins.load(str(run), ["difficulty.rmd"]) for run in (copied, tmp_path / "fresh"))
     assert grown["key"] == fresh["key"]
     rmd = fresh["difficulty.rmd"].to_numpy()
     np.testing.assert_allclose(grown["difficulty.rmd"].to_numpy(), rmd, atol=1e-4 * rmd.std())
@@ -377,7 +377,7 @@ def test_a_run_on_an_object_store_is_the_same(curated, s3_folder):
     for path in sorted((curated / "shards").glob("*.tar")):
         client.upload_file(str(path), bucket, f"{folder}/{path.name}")
     assert curate(arguments(f"{s3_folder}/train-{{000000..000002}}.tar", f"{s3_folder}/run")) == 0
-    there, here = (column_groups.load(run, ["difficulty.rmd"]) for run in (f"{s3_folder}/run", str(curated / "run")))
+    there, here = (joins.load(run, ["difficulty.rmd"]) for run in (f"{s3_folder}/run", str(curated / "run")))
     assert there["difficulty.rmd"].to_pylist() == here["difficulty.rmd"].to_pylist()
     body = client.get_object(Bucket=bucket, Key=f"{folder}/run/subsets/hard/hard-000000.tar")["Body"].read()
     assert body == (curated / "run/subsets/hard/hard-000000.tar").read_bytes()

@@ -13,7 +13,7 @@ import pytest
 
 from jobs import evaluate, predict, train
 from ops.models import load_classifier
-from pipelines.runs import column_groups
+from pipelines.runs import column_groups, joins
 from pipelines.training.checkpoints import read_classifier
 from tests.jobs.processes import belongs_to, processes
 from tests.pipelines.synthetic import make_run
@@ -72,7 +72,7 @@ def test_a_training_from_start_to_end(runs, ray_session, tmp_path, capsys):
     status, _, error = main(capsys, *argv, "--seed", "1")
     assert status == 2 and "seed 0 there, 1 asked for" in error
 
-    table = column_groups.join(runs[0], 0, ["correctness.correctness", "correctness.epochs"])
+    table = joins.join(runs[0], 0, ["correctness.correctness", "correctness.epochs"])
     assert set(table["correctness.epochs"].to_pylist()) == {2}
 
 

@@ -15,7 +15,7 @@ import pytest
 from jobs.export import main
 from pipelines import export
 from pipelines.curation import fit, score, select
-from pipelines.runs import column_groups, columns, storage
+from pipelines.runs import column_groups, columns, joins, storage
 from pipelines.runs.record import Run
 from tests.pipelines.predicted import write_predictions
 from tests.pipelines.synthetic import make_run, picture
@@ -57,7 +57,7 @@ def read(path):
 def test_a_table_is_the_join_of_its_columns(scored, tmp_path, suffix):
     names = ["difficulty.rmd", "predictions/p.confidence"]
     table = read(exported(scored[0], "table", tmp_path / f"t{suffix}", "--columns", *names))
-    expected = column_groups.load(scored[0].uri, names)
+    expected = joins.load(scored[0].uri, names)
     assert table.column_names == expected.column_names == ["key", "shard", "row", "label", *names]
     assert table["key"] == expected["key"]
     np.testing.assert_allclose(table[names[0]].to_numpy(), expected[names[0]].to_numpy(), rtol=1e-6)
@@ -73,7 +73,7 @@ def test_without_columns_a_table_holds_every_score(scored, tmp_path):
 def test_cleanlabs_columns_from_the_margin(scored, tmp_path, capsys):
     table = read(exported(scored[0], "cleanlab", tmp_path / "issues.parquet", "--json"))
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
-    source = column_groups.load(scored[0].uri, ["difficulty.margin", "difficulty.nearest_class"])
+    source = joins.load(scored[0].uri, ["difficulty.margin", "difficulty.nearest_class"])
     margin = source["difficulty.margin"].to_numpy()
     issue, quality = table["is_label_issue"].to_numpy(), table["label_score"].to_numpy()
     assert (issue == (margin > 0)).all() and issue.sum() == result["issues"] > 0

@@ -19,7 +19,7 @@ from pipelines.report.data import collect
 from pipelines.report.page import json_block, report
 from pipelines.report.pictures import pictures
 from pipelines.report.scan import Limits
-from pipelines.runs import column_groups, storage
+from pipelines.runs import joins, storage
 from pipelines.runs.record import Run
 from tests.pipelines.predicted import noisy_logits, write_predictions
 from tests.pipelines.reported import CLASSES, HOSTILE
@@ -47,7 +47,7 @@ def copied(reported, tmp_path):
 
 
 def table_of(run, *names):
-    return column_groups.load(run.uri, names)
+    return joins.load(run.uri, names)
 
 
 def test_the_page_holds_what_the_columns_hold(made):

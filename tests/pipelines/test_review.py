@@ -15,7 +15,7 @@ from pipelines.curation.fit import fit
 from pipelines.curation.score import Weighting, score
 from pipelines.report import review, review_page
 from pipelines.report.review import ReviewLimits
-from pipelines.runs import column_groups
+from pipelines.runs import joins
 from tests.pipelines.reported import mislabel
 from tests.pipelines.synthetic import make_run
 
@@ -30,7 +30,7 @@ def scored(tmp_path_factory, ray_session):
     mislabel(run, labels)
     fit(run)
     score(run, Weighting())
-    return run, column_groups.load(run.uri, ["difficulty.label_error", "difficulty.margin", "difficulty.rmd"])
+    return run, joins.load(run.uri, ["difficulty.label_error", "difficulty.margin", "difficulty.rmd"])
 
 
 def queue_of(found, name):

@@ -12,7 +12,7 @@ from pipelines.confusion import heads
 from pipelines.confusion import score as confusion
 from pipelines.confusion.heads import HeadScorer
 from pipelines.confusion.members import Member, Placement, commit_epoch, find_member, load_epoch, plan_members
-from pipelines.runs import column_groups, columns, storage
+from pipelines.runs import column_groups, columns, joins, storage
 from pipelines.runs.errors import StageFailed
 from pipelines.runs.record import Run
 from tests.pipelines.synthetic import make_run
@@ -41,7 +41,7 @@ def scored(tmp_path_factory, ray_session):
 
 
 def column(run, name="confusion.confusion"):
-    return column_groups.load(run.uri, [name])[name].to_numpy()
+    return joins.load(run.uri, [name])[name].to_numpy()
 
 
 def naive_entropies(run, members, epochs, features):

@@ -5,7 +5,7 @@ import pyarrow as pa
 import pytest
 
 from pipelines.curation.conditions import columns_of, condition
-from pipelines.runs import column_groups, columns
+from pipelines.runs import column_groups, columns, joins
 from pipelines.runs.errors import UserError
 from tests.pipelines.synthetic import make_run
 
@@ -25,7 +25,7 @@ def run(tmp_path_factory):
 def passing(run, text):
     """Rows that pass, and the table of the columns."""
     found = condition(run, text)
-    table = column_groups.join(run.uri, 0, found.names)
+    table = joins.join(run.uri, 0, found.names)
     return np.flatnonzero(found.holds(table)).tolist()
 
 
@@ -92,7 +92,7 @@ def test_a_wrong_condition_is_one_line_with_its_place(run, text):
 def test_values_that_cannot_be_computed_are_the_users_mistake(run):
     found = condition(run, "toy.key::int > 3")
     with pytest.raises(UserError, match="Could not convert string 's000000'"):
-        found.holds(column_groups.join(run.uri, 0, found.names))
+        found.holds(joins.join(run.uri, 0, found.names))
 
 
 def test_the_columns_are_known_without_a_run():

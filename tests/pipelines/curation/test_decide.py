@@ -2,10 +2,10 @@
 
 import pytest
 
-from pipelines.curation import decisions as decided
 from pipelines.curation.decide import decide, undo
 from pipelines.curation.decision_files import key_candidates, read_lines
 from pipelines.runs import column_groups, columns
+from pipelines.runs import decisions as decided
 from pipelines.runs.errors import UserError
 from tests.pipelines.synthetic import make_run
 

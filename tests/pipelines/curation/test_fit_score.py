@@ -6,7 +6,7 @@ import pytest
 from ops.difficulty import Reference, difficulty_weight
 from ops.gaussian import GaussianStats
 from pipelines.curation import fit, score
-from pipelines.runs import column_groups
+from pipelines.runs import joins
 from pipelines.runs.record import Run
 from tests.pipelines.synthetic import make_run
 
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.usefixtures("ray_session")
 def scored(run, **options):
     fit.fit(run, "none")
     score.score(run, score.Weighting(**options))
-    return column_groups.load(
+    return joins.load(
         run.uri, [f"difficulty.{name}" for name in ("md", "md_agn", "rmd", "weight", "nearest_class", "margin")]
     )
 
@@ -78,7 +78,7 @@ def test_another_runs_gaussians_score_unlabelled_samples_by_their_nearest_class(
     run, features, _ = make_run(tmp_path / "new", seed=0, sizes=(10, 20), labelled=False)
     fit.adopt(run, fitted)
     score.score(run, score.Weighting(scale="minmax"))
-    table = column_groups.load(
+    table = joins.load(
         run.uri, ["difficulty.rmd", "difficulty.nearest_md", "difficulty.md_agn", "difficulty.weight", "difficulty.md"]
     )
     np.testing.assert_allclose(
@@ -109,7 +109,7 @@ def test_kmeans_distance_is_that_of_the_stored_centres(tmp_path):
     fit.fit(run, "none")
     centers = score.kmeans_centers(run, 4)
     score.score(run, score.Weighting(), centers)
-    found = column_groups.load(run.uri, ["difficulty.kmeans"])["difficulty.kmeans"].to_numpy()
+    found = joins.load(run.uri, ["difficulty.kmeans"])["difficulty.kmeans"].to_numpy()
     expected = np.linalg.norm(features[:, None] - centers[None], axis=2).min(axis=1)
     np.testing.assert_allclose(found, expected, rtol=1e-4)
     assert np.array_equal(score.kmeans_centers(run, 4), centers)

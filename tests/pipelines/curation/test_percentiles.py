@@ -7,7 +7,7 @@ import pytest
 from ops import ranks
 from pipelines.corpus.shards import expand_shards
 from pipelines.curation import fit, percentiles, score
-from pipelines.runs import column_groups, columns, storage
+from pipelines.runs import column_groups, columns, joins, storage
 from pipelines.runs.record import Run
 from tests.pipelines.synthetic import make_run
 
@@ -18,7 +18,7 @@ NAMES = [f"difficulty.{name}_percentile{among}" for name in ("rmd", "margin") fo
 def scored(run, weighting=None):
     fit.fit(run, "none")
     score.score(run, weighting or score.Weighting())
-    return column_groups.load(run.uri, ["difficulty.rmd", "difficulty.margin", *NAMES])
+    return joins.load(run.uri, ["difficulty.rmd", "difficulty.margin", *NAMES])
 
 
 def shares(scores):
@@ -111,7 +111,7 @@ def test_another_runs_gaussians_bring_their_reference(one, tmp_path):
     run = make_run(tmp_path / "new", sizes=(10, 20))[0]
     fit.adopt(run, fitted)
     score.score(run, score.Weighting())
-    new = column_groups.load(run.uri, ["difficulty.rmd", *NAMES])
+    new = joins.load(run.uri, ["difficulty.rmd", *NAMES])
     known, values = np.sort(table["difficulty.rmd"].to_numpy()), new["difficulty.rmd"].to_numpy()
     expected = np.searchsorted(known, values, side="right") / len(known)
     np.testing.assert_allclose(new["difficulty.rmd_percentile"].to_numpy(), expected, rtol=1e-6)
@@ -119,7 +119,7 @@ def test_another_runs_gaussians_bring_their_reference(one, tmp_path):
     blind = make_run(tmp_path / "blind", sizes=(10, 20), labelled=False)[0]
     fit.adopt(blind, fitted)
     score.score(blind, score.Weighting())
-    unlabelled = column_groups.load(blind.uri, NAMES)
+    unlabelled = joins.load(blind.uri, NAMES)
     assert unlabelled[NAMES[0]].null_count == 0 and unlabelled[NAMES[1]].null_count == 30
 
 
@@ -129,11 +129,11 @@ def test_a_reference_that_was_never_scored_leaves_percentiles_null_until_it_is(t
     run = make_run(tmp_path / "new", sizes=(10, 20))[0]
     fit.adopt(run, fitted)
     score.score(run, score.Weighting())
-    assert column_groups.load(run.uri, NAMES)[NAMES[0]].null_count == 30
+    assert joins.load(run.uri, NAMES)[NAMES[0]].null_count == 30
     score.score(fitted, score.Weighting())
     fit.adopt(run, Run.open(fitted.uri))
     assert score.score(run, score.Weighting())["shards_done"] == 2
-    assert column_groups.load(run.uri, NAMES)[NAMES[0]].null_count == 0
+    assert joins.load(run.uri, NAMES)[NAMES[0]].null_count == 0
 
 
 def test_without_classes_there_are_none(tmp_path):

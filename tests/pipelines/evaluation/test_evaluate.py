@@ -14,7 +14,7 @@ from pipelines.curation import fit, score
 from pipelines.evaluation import calibrate, detection, figures, sidebyside
 from pipelines.evaluation import evaluate as evaluation
 from pipelines.evaluation.outcomes import calibrated, held_out_logits, load_outcomes, open_predictions
-from pipelines.runs import column_groups, columns
+from pipelines.runs import columns, joins
 from pipelines.runs.record import Run
 from tests.pipelines.predicted import noisy_logits, replace, write_predictions, write_trust
 from tests.pipelines.synthetic import make_run
@@ -101,7 +101,7 @@ def test_slices_count_every_sample_once(predicted):
         assert sum(entry["count"] for entry in entries) == len(labels)
         hits = sum(entry["count"] * (entry["accuracy"] or 0) for entry in entries)
         np.testing.assert_allclose(hits, correct.sum(), rtol=1e-12)
-    rmd = column_groups.load(run.uri, ["difficulty.rmd"])["difficulty.rmd"].to_numpy()
+    rmd = joins.load(run.uri, ["difficulty.rmd"])["difficulty.rmd"].to_numpy()
     group = [entry for entry in result.slices if entry["slice"] == "group"][1]
     assert group["count"] == ((rmd >= -1) & (rmd < 1)).sum()
     accuracies = [correct[rows].mean() for rows in (rmd < -1, (rmd >= -1) & (rmd < 1), rmd >= 1) if rows.any()]
@@ -331,7 +331,7 @@ def test_out_of_distribution_by_four_scores(predicted, tmp_path):
     values = np.concatenate([logits.max(axis=1), outside.astype(np.float32).max(axis=1)])
     expected = selective.detection_metrics(values, inside)
     np.testing.assert_allclose(list(found["max_logit"].values()), expected, rtol=1e-9)
-    table = column_groups.load(run.uri, ["difficulty.nearest_md", "difficulty.md_agn"])
+    table = joins.load(run.uri, ["difficulty.nearest_md", "difficulty.md_agn"])
     ours = table["difficulty.nearest_md"].to_numpy() - table["difficulty.md_agn"].to_numpy()
     theirs = fit.load_gaussians(run).class_distances(features).min(axis=1)
     theirs = theirs - fit.load_gaussians(run).agnostic_distances(features)

@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipelines.runs import column_groups
+from pipelines.runs import column_groups, joins
 from tests.pipelines.synthetic import make_run
 
 TABLE = pa.table({"row": pa.array([0, 1], pa.int64()), "md": pa.array([0.5, 1.5], pa.float32())})
@@ -95,4 +95,4 @@ def test_a_group_whose_shard_was_embedded_again_is_refused_whoever_wrote_it(tmp_
     with pytest.raises(ValueError, match=r"trust/t/: shard 1 was embedded again since; run hardset trust first"):
         column_groups.check_group_fresh("trust/t", run.embedding_facts(), run.uri)
     with pytest.raises(ValueError, match="shard 1 was embedded again"):
-        column_groups.join(run.uri, 1, ["trust/t.trust"])
+        joins.join(run.uri, 1, ["trust/t.trust"])

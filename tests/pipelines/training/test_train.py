@@ -12,7 +12,7 @@ from ops.losses import LOSSES
 from ops.models import load_classifier
 from pipelines.curation.rules import Rule
 from pipelines.curation.select import select
-from pipelines.runs import column_groups
+from pipelines.runs import column_groups, joins
 from pipelines.runs.errors import StageFailed, UserError
 from pipelines.training.checkpoints import read_classifier
 from pipelines.training.groups import GroupRule
@@ -197,7 +197,7 @@ def test_correctness_is_the_frequency_of_being_right(plans, runs):
     result = train_classifier(plan)
     write_correctness(runs[0], plan, result["history"])
     table = pa.concat_tables(
-        [column_groups.join(runs[0].uri, s, ["correctness.correctness", "correctness.epochs"]) for s in range(3)]
+        [joins.join(runs[0].uri, s, ["correctness.correctness", "correctness.epochs"]) for s in range(3)]
     )
     seen = table["correctness.epochs"].to_numpy()
     assert (

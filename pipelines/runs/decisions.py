@@ -44,6 +44,18 @@ def in_force(history: pa.Table) -> pa.Table:
     return history.take(pa.array(len(rows) - 1 - last))
 
 
+def of_rows(history: pa.Table, table: pa.Table) -> pa.Table:
+    """The decision in force of each row of a table with `key` and `row`, in its order; nulls where there is none."""
+    now = in_force(history)
+    theirs, rows = now["row"].to_numpy(), table["row"].to_numpy()
+    at = np.searchsorted(theirs, rows).clip(max=max(0, len(theirs) - 1))
+    found = now.take(pa.array(at, mask=theirs[at] != rows if len(theirs) else np.ones(len(rows), bool)))
+    same = pa.compute.equal(found["key"], table["key"]).fill_null(False)
+    replaced = [pa.compute.if_else(same, found[name], None) for name in found.column_names if name != "row"]
+    names = [name for name in found.column_names if name != "row"]
+    return pa.table(dict(zip(names, replaced))).append_column("row", table["row"])
+
+
 def state_of(history: pa.Table) -> str | None:
     """A hash of what is decided, whoever decided it; None where nothing is. Labels depend on nothing else."""
     now = in_force(history)
