@@ -44,7 +44,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cifar10", required=True, type=Path)
     parser.add_argument("--work", required=True, type=Path)
-    parser.add_argument("--size", type=int, default=50_000)
     parser.add_argument("--where", default=TRUSTED, help="what makes a label trusted")
     parser.add_argument("--benchmark", nargs="+", metavar="RUN2", help="judge subsets of these test runs instead")
     options = parser.parse_args()
@@ -60,17 +59,17 @@ def main() -> None:
         features["test"].astype(np.float32),
         np.load(options.cifar10 / "cifar10_test.npz")["clean"].astype(np.int64),
     )
-    runs = {name: scored_run(options.cifar10, options.work, name, options.size) for name in LABEL_SETS}
+    runs = {name: scored_run(options.cifar10, options.work, name) for name in LABEL_SETS}
     replace_section(RESULTS, "make-up", makeup_section(runs, clean, options.where))
     replace_section(RESULTS, "training", training_section(runs, features["train"], test, clean, options.where))
 
 
-def scored_run(pack: Path, work: Path, labels: str, size: int) -> Run:
+def scored_run(pack: Path, work: Path, labels: str) -> Run:
     """A run over shards with one of the label sets, its embeddings the features of the pack; fitted and scored."""
     shards = work / f"shards-{labels}"
     if not shards.exists():
         make = [sys.executable, str(pack / "make_shards.py"), "--split", "train", "--label", labels]
-        subprocess.run([*make, "--size", str(size), "--per-shard", str(PER_SHARD), "--out", str(shards)], check=True)
+        subprocess.run([*make, "--per-shard", str(PER_SHARD), "--out", str(shards)], check=True)
     uri = str(work / f"run-{labels}")
     if not Run.exists(uri):
         write_embeddings(uri, shards, pack, labels)
@@ -169,7 +168,8 @@ def training_section(runs: dict[str, Run], features: np.ndarray, test: tuple, cl
                 print(share, name, run.uri, cells[-1], flush=True)
             lines.append([f"{100 * share:g} %", name, *cells])
     head = ["share", "chosen", *runs]
-    about = f"{stamp(runs)}; accuracy in percent on {len(test[1]):,} clean test images; ± over three draws; in brackets: all that pass, where fewer do"
+    about = f"{stamp(runs)}; accuracy in percent on {len(test[1]):,} clean test images; ± over three draws; "
+    about += "in brackets: all that pass, where fewer do"
     return f"{about}\n\n{table(head, lines)}"
 
 

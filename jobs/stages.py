@@ -39,6 +39,10 @@ def open_run(options: RunOptions, corpus: CorpusOptions, gaussians: GaussianOpti
             f"--{missing}: needed, as {options.run} is not a run yet (webdataset shards and an encoder make one)"
         )
     known = Run.open(options.run) if there else None
+    if known is None and (part := columns.column_in_path(options.run)):
+        say(
+            f"--run: other tools will read {part!r} in its path as the column {part.partition('=')[0]}; take another folder"
+        )
     moves = moving.parse_moves(corpus.moved)
     shards = _listed(options, corpus, known, moves)
     if corpus.shards is not None:

@@ -31,6 +31,7 @@ FORMATS = ("table", "cleanlab", "npy", "fiftyone", "datacomp")
 TABLE_SUFFIXES = (".parquet", ".arrow", ".csv")
 EMBEDDING = "embeddings.embedding"
 AHEAD = 4  # shards read while one is written
+FORMULA = r"^([=+\-@\t\r])"  # what begins one, for Excel, LibreOffice and Google Sheets
 JSON_BYTES = 1 << 20  # a json member longer than this is no metadata
 
 
@@ -170,11 +171,20 @@ def write_table(tables: Iterable[pa.Table], out: str) -> int:
         stream = stack.enter_context(storage.write_atomic(out))
         for table in tables:
             writer = writer or stack.enter_context(_open_writer(stream, table.schema, out))
-            writer.write_table(table)
+            writer.write_table(without_formulas(table) if out.endswith(".csv") else table)
             rows += table.num_rows
         if writer is None:
             raise ValueError(f"--out {out}: there is not one shard to export")
     return rows
+
+
+def without_formulas(table: pa.Table) -> pa.Table:
+    """Text that a spreadsheet would take for a formula, as keys and class names of strangers may be, with a ' in front."""
+    for at, field in enumerate(table.schema):
+        if pa.types.is_string(field.type):
+            plain = pa.compute.replace_substring_regex(table[field.name], FORMULA, r"'\1")
+            table = table.set_column(at, field, plain)
+    return table
 
 
 def _open_writer(stream: BinaryIO, schema: pa.Schema, out: str) -> AbstractContextManager:

@@ -82,6 +82,8 @@ def key_candidates(text: str) -> list[str]:
     stem = re.sub(r"\.[^./\\]+$", "", text)
     base = re.split(r"[/\\]", stem)[-1]
     found += [stem, base, _UPLOAD.sub("", base, count=1)]
+    if re.match(r"'[=+\-@\t\r]", text):  # as `hardset export` writes what a spreadsheet would take for a formula
+        found.append(text[1:])
     return list(dict.fromkeys(candidate for candidate in found if candidate))
 
 

@@ -165,6 +165,14 @@ def check_name(option: str, name: str) -> None:
     """A prediction set, a trust set or a subset is called as a folder can be; ValueError otherwise."""
     if not name or name != name.strip(". ") or any(c in name for c in "/\\:") or not name.isprintable():
         raise ValueError(f"{option} {name!r}: expected a plain folder name")
+    if column_in_path(name):
+        raise ValueError(f"{option} {name!r}: DuckDB and others would take it for the column {name.partition('=')[0]}")
+
+
+def column_in_path(path: str) -> str | None:
+    """The folder of a path, such as `label=3`, that query engines take for a column that every group has; None without."""
+    found = (part for part in path.split("/") if "=" in part and part.partition("=")[0] in KEYS_AND_LABEL)
+    return next(found, None)
 
 
 def split_name(column: str, option: str = "column") -> tuple[str, str]:

@@ -15,6 +15,7 @@ import pytest
 from jobs.export import main
 from pipelines import export
 from pipelines.curation import fit, score, select
+from pipelines.curation.decision_files import key_candidates
 from pipelines.runs import column_groups, columns, joins, storage
 from pipelines.runs.record import Run
 from tests.pipelines.predicted import write_predictions
@@ -190,3 +191,16 @@ def test_to_and_from_an_object_store(scored, s3_folder, tmp_path):
     exported(scored[0], "npy", f"{s3_folder}/arrays")
     filesystem, path = storage.open_filesystem(f"{s3_folder}/arrays/embeddings.npy")
     assert np.array_equal(np.load(io.BytesIO(filesystem.open_input_stream(path).read())), scored[1])
+
+
+def test_a_cell_of_csv_is_no_formula(tmp_path):
+    keys = ["=1+1", "+1", "-a", "@x", "\ttab", "a=1", "", None, "'=1"]
+    table = pa.table({"key": pa.array(keys), "score": pa.array(np.arange(9) - 5.0)})
+    export.write_table([table], str(tmp_path / "t.csv"))
+    with open(tmp_path / "t.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["key"] for row in rows] == ["'=1+1", "'+1", "'-a", "'@x", "'\ttab", "a=1", "", "", "'=1"]
+    assert [float(row["score"]) for row in rows] == table["score"].to_pylist()
+    assert all(key_candidates(row["key"])[-1] == key for row, key in zip(rows, keys[:5]))
+    export.write_table([table], str(tmp_path / "t.parquet"))
+    assert pq.read_table(tmp_path / "t.parquet")["key"].to_pylist() == keys

@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipelines.runs import column_groups, joins
+from pipelines.runs import column_groups, columns, joins
 from tests.pipelines.synthetic import make_run
 
 TABLE = pa.table({"row": pa.array([0, 1], pa.int64()), "md": pa.array([0.5, 1.5], pa.float32())})
@@ -96,3 +96,11 @@ def test_a_group_whose_shard_was_embedded_again_is_refused_whoever_wrote_it(tmp_
         column_groups.check_group_fresh("trust/t", run.embedding_facts(), run.uri)
     with pytest.raises(ValueError, match="shard 1 was embedded again"):
         joins.join(run.uri, 1, ["trust/t.trust"])
+
+
+def test_a_folder_that_query_engines_take_for_a_column_is_known():
+    assert columns.column_in_path("/data/label=worst/run") == "label=worst"
+    assert columns.column_in_path("/data/alpha=0.3/run") is None
+    columns.check_name("--name", "alpha=0.3")
+    with pytest.raises(ValueError, match="take it for the column label"):
+        columns.check_name("--name", "label=1")
