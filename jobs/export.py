@@ -17,8 +17,9 @@ class ExportOptions:
 
     run: str
     """run directory: a local path, s3://bucket/path, or what pyarrow.fs or fsspec opens"""
-    to: Literal["table", "cleanlab", "npy", "fiftyone", "datacomp"]
-    """table and cleanlab: one file; npy: embeddings.npy and metadata.parquet; fiftyone: images and labels.csv; datacomp: uids.npy"""
+    to: Literal["table", "labels", "cleanlab", "npy", "fiftyone", "datacomp"]
+    """table, labels and cleanlab: one file; npy: embeddings.npy and metadata.parquet; fiftyone: images and labels.csv;
+    datacomp: uids.npy"""
     out: str
     """the file to write (.parquet, .arrow or .csv; of datacomp .npy), of npy and fiftyone the folder; what is there is replaced"""
     columns: list[str] = dataclasses.field(default_factory=list)
@@ -48,7 +49,7 @@ def export(options: ExportOptions) -> dict[str, Any]:
     from pipelines.runs.record import Run
 
     run, out = Run.open(options.run), storage.absolute(options.out)
-    if options.to in ("table", "cleanlab"):
+    if options.to in ("table", "labels", "cleanlab"):
         exporting.check_table_name(out)
     chosen = (options.columns, options.subset, options.predictions, options.threshold, options.uid)
     result = exporting.export(run, options.to, out, *chosen)

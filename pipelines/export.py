@@ -1,6 +1,7 @@
 """Export: columns of a run -> the files that other tools read. Streamed shard by shard, one shard's rows at a time.
 
 table     any columns, joined: .parquet, .arrow or .csv
+labels    the labels that hold now, with the corpus's and the decision beside them: .parquet, .arrow or .csv
 cleanlab  is_label_issue, label_score, given_label, predicted_label: .parquet, .arrow or .csv
 npy       a folder: embeddings.npy, to be memory-mapped, and metadata.parquet, rows alike
 fiftyone  a folder: data/ with the images, labels.csv (FiftyOne's CSVDataset)
@@ -25,9 +26,10 @@ from ops.label_quality import label_quality_of_margin, normalized_margin
 from pipelines.corpus.shards import read_images
 from pipelines.curation.select import write_uids
 from pipelines.runs import column_groups, columns, joins, storage
+from pipelines.runs.labels import DECISION
 from pipelines.runs.record import Run
 
-FORMATS = ("table", "cleanlab", "npy", "fiftyone", "datacomp")
+FORMATS = ("table", "labels", "cleanlab", "npy", "fiftyone", "datacomp")
 TABLE_SUFFIXES = (".parquet", ".arrow", ".csv")
 EMBEDDING = "embeddings.embedding"
 AHEAD = 4  # shards read while one is written
@@ -85,6 +87,8 @@ def export(
         written = _export_arrays(run, out, names or [EMBEDDING], subset)
     elif to == "fiftyone":
         written = _export_images(run, out, names or score_columns(run), subset)
+    elif to == "labels":
+        written = {"rows": write_table(_label_tables(run, subset), out), "files": [out]}
     elif to == "cleanlab":
         written = _export_label_issues(run, out, names, subset, predictions, threshold)
     else:
@@ -196,6 +200,23 @@ def _open_writer(stream: BinaryIO, schema: pa.Schema, out: str) -> AbstractConte
     if nested:
         raise ValueError(f"--columns {nested[0]}: a CSV file holds no vectors; take .parquet, or --to npy")
     return pcsv.CSVWriter(stream, schema)
+
+
+def _label_tables(run: Run, subset: str | None) -> Iterator[pa.Table]:
+    """key, shard, row, label, original_label, decision of one shard after the other; classes by name where there are names."""
+    names = run.config.class_names
+    for table in shard_tables(run, [DECISION], subset):
+        shard = table["shard"][0].as_py() if table.num_rows else 0
+        known = column_groups.read(run.uri, columns.EMBEDDINGS, shard, ["row", "label"])
+        original = known.filter(pa.compute.is_in(known["row"], table["row"].combine_chunks()))["label"]
+        yield pa.table(
+            {
+                **{name: table[name] for name in ("key", "shard", "row")},
+                "label": _named(table["label"], names),
+                "original_label": _named(original, names),
+                "decision": table[DECISION],
+            }
+        )
 
 
 def _export_label_issues(

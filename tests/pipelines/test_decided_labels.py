@@ -4,6 +4,7 @@ import tarfile
 from pathlib import Path
 
 import numpy as np
+import pyarrow.csv as pcsv
 import pyarrow.parquet as pq
 import pytest
 
@@ -13,6 +14,7 @@ from pipelines.curation.fit import fit
 from pipelines.curation.rules import Rule
 from pipelines.curation.score import Weighting, score
 from pipelines.curation.select import select
+from pipelines.export import export
 from pipelines.runs import joins
 from pipelines.runs.labels import label_sources, labels_of
 from pipelines.training.source import Source
@@ -128,6 +130,19 @@ def test_training_samples_have_the_decided_label(decided):
     assert sum(table.num_rows for table in tables) == 99
     assert tables[0]["label"].to_pylist()[RELABELLED] == new
     assert tables[0].column_names == ["key", "shard", "row", "label"]
+
+
+@pytest.mark.parametrize("suffix", ["csv", "parquet"])
+def test_labels_are_exported_for_training_elsewhere(tmp_path, decided, suffix):
+    run, labels, new = decided
+    out = str(tmp_path / f"labels.{suffix}")
+    assert export(run, "labels", out)["rows"] == 100
+    read = {"csv": pcsv.read_csv, "parquet": pq.read_table}[suffix]
+    rows = read(out).to_pylist()
+    assert [row["original_label"] for row in rows] == labels.tolist()
+    assert (rows[RELABELLED]["label"], rows[RELABELLED]["decision"]) == (new, "relabel")
+    assert rows[DROPPED]["decision"] == "drop"
+    assert not rows[0]["decision"]
 
 
 @pytest.mark.parametrize(
