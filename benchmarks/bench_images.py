@@ -19,7 +19,8 @@ import torch
 import torchvision
 from PIL import Image
 
-from ops.images import decode_image, resize
+from ops.decoding import decode_image
+from ops.images import resize
 
 ROUNDS = 5  # the best of them: the others were disturbed
 

@@ -1,76 +1,17 @@
-"""Images: encoded bytes -> uint8 RGB tensor, safely; uint8 tensors -> an encoder's input.
+"""uint8 tensors of images -> an encoder's input: resized, normalised, augmented. `ops.decoding` makes them of files."""
 
-Pixels are those of Pillow's `Image.open(...).convert("RGB")`, which open_clip and most loaders of webdataset shards
-use: EXIF orientation is *not* applied, alpha is dropped, an animation gives its first picture. Only files of
-FORMATS are ever opened, so none of Pillow's readers that start other programs (EPS) can be reached.
-"""
-
-import io
 import math
-import struct
 from collections.abc import Sequence
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
 from torch.nn.functional import interpolate
-from torchvision.io import ImageReadMode, decode_jpeg
 
 from ops.checks import check_choice
 
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 INTERPOLATIONS = ("bicubic", "bilinear")
 RESIZE_MODES = ("shortest", "squash")
-MAX_PIXELS = 100_000_000
-_JPEG, _PNG = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"
 _PIXELS_PER_RESIZE = 1 << 22  # pictures stacked for one call: enough for speed, 12 MiB at most
-
-
-class ImageError(ValueError):
-    """Bytes that are no usable image; the message is the reason, in a few words."""
-
-
-def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> torch.Tensor:
-    """Decode an encoded image of one of FORMATS.
-
-    Parameters
-    ----------
-    data : bytes
-        The whole file. Untrusted.
-    max_pixels : int
-        Larger pictures (width × height, from the header) are refused before a pixel is decoded. Pillow's own
-        limit of 178,956,970 stays in force for all formats but JPEG and can't be raised here.
-
-    Returns
-    -------
-    image : tensor of shape (3, H, W), uint8
-        RGB. Strides may be those of (H, W, 3) memory, which resizing likes best.
-
-    Raises
-    ------
-    ImageError
-        Zero bytes, no image, too many pixels, truncated, broken.
-
-    Notes
-    -----
-    JPEG (grey and colour) goes through torchvision, all else, CMYK too, through Pillow. On the pinned versions the two
-    give equal pixels (maximal difference 0 over sizes, qualities, subsamplings, progressive or not); other builds of
-    libjpeg may differ by 1. One departure from Pillow: of 16-bit grey the high byte is taken, where `convert` clips at 255
-    and turns such pictures white. Damage inside a JPEG that leaves its end marker in place is not noticed, here as in Pillow.
-    """
-    if len(data) == 0:
-        raise ImageError("zero bytes")
-    if not data.startswith(_JPEG):
-        return _decode_with_pillow(data, max_pixels)
-    width, height, components = _jpeg_frame(data)
-    _check_pixels(width, height, max_pixels)
-    if components not in (1, 3):
-        return _decode_with_pillow(data, max_pixels)
-    try:
-        return decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=ImageReadMode.RGB)
-    except RuntimeError as error:
-        reason = str(error).splitlines()[0].rpartition(",")[2].strip()
-        raise ImageError("truncated JPEG" if "truncated" in reason else f"broken JPEG ({reason})") from None
 
 
 def resize(
@@ -193,82 +134,3 @@ def _equal_sizes(images: Sequence[torch.Tensor]) -> list[list[int]]:
         step = max(1, _PIXELS_PER_RESIZE // math.prod(shape[1:]))
         parts += [rows[start : start + step] for start in range(0, len(rows), step)]
     return parts
-
-
-def _check_pixels(width: int, height: int, max_pixels: int) -> None:
-    if width * height > max_pixels:
-        raise ImageError(f"{width:,} × {height:,} pixels exceed the limit of {max_pixels:,}")
-    if width * height == 0:
-        raise ImageError(f"{width} × {height} pixels")
-
-
-def _decode_with_pillow(data: bytes, max_pixels: int) -> torch.Tensor:
-    size = _header_size(data)
-    if size is not None:
-        _check_pixels(*size, max_pixels)
-    picture = None
-    try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as picture:
-            _check_pixels(*picture.size, max_pixels)
-            return torch.from_numpy(_rgb(picture)).permute(2, 0, 1)
-    except ImageError:
-        raise
-    except UnidentifiedImageError:
-        what = "not an image" if size is None else "broken image"
-        raise ImageError(f"{what} (starts with {data[:8]!r})") from None
-    except Exception as error:  # Pillow's readers raise nearly anything on broken data
-        kind = picture.format if picture is not None else "image"
-        raise ImageError(f"broken {kind} ({str(error).splitlines()[0] if str(error) else repr(error)})") from None
-
-
-def _rgb(picture: Image.Image) -> np.ndarray:
-    """Pixels of shape (H, W, 3), uint8, in memory of their own."""
-    if picture.mode.startswith("I;16"):
-        high_byte = (np.asarray(picture) >> 8).astype(np.uint8)
-        return np.repeat(high_byte[:, :, None], 3, axis=2)
-    return np.array(picture.convert("RGB"))
-
-
-def _header_size(data: bytes) -> tuple[int, int] | None:
-    """(width, height) of a PNG, GIF or WebP, read before Pillow sets up a decoder of that size; else None."""
-    try:
-        if data.startswith(_PNG):
-            return struct.unpack_from(">II", data, 16)
-        if data[:6] in (b"GIF87a", b"GIF89a"):
-            return struct.unpack_from("<HH", data, 6)
-        if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
-            return _webp_size(data)
-    except struct.error:
-        raise ImageError("truncated image (the header is not whole)") from None
-    return None
-
-
-def _webp_size(data: bytes) -> tuple[int, int]:
-    """RFC 9649: sizes are 14 bits in VP8, 14 bits less one in VP8L, 24 bits less one in VP8X."""
-    if data[12:16] == b"VP8X":
-        low_w, high_w, low_h, high_h = struct.unpack_from("<HBHB", data, 24)
-        return (low_w | high_w << 16) + 1, (low_h | high_h << 16) + 1
-    if data[12:16] == b"VP8L":
-        (bits,) = struct.unpack_from("<I", data, 21)
-        return (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
-    width, height = struct.unpack_from("<HH", data, 26)
-    return width & 0x3FFF, height & 0x3FFF
-
-
-def _jpeg_frame(data: bytes) -> tuple[int, int, int]:
-    """(width, height, components) from a JPEG's frame header (ITU T.81, B.2.2)."""
-    at = 2
-    while at + 10 <= len(data):
-        if data[at] != 0xFF:
-            raise ImageError("broken JPEG (no marker where one must be)")
-        marker = data[at + 1]
-        if marker == 0xFF:  # fill byte
-            at += 1
-        elif marker == 0x01 or 0xD0 <= marker <= 0xD8:  # markers without a length
-            at += 2
-        elif 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
-            height, width, components = struct.unpack_from(">HHB", data, at + 5)
-            return width, height, components
-        else:
-            at += 2 + struct.unpack_from(">H", data, at + 2)[0]
-    raise ImageError("truncated JPEG")

@@ -22,6 +22,7 @@ import pyarrow as pa
 import pyarrow.csv as pcsv
 import pyarrow.parquet as pq
 
+from ops.decoding import format_of
 from ops.label_quality import label_quality_of_margin, normalized_margin
 from pipelines.corpus.shards import read_images
 from pipelines.curation.select import write_uids
@@ -337,16 +338,10 @@ def _write_images(run: Run, table: pa.Table, folder: str) -> list[str]:
         return []
     shard, paths = table["shard"][0].as_py(), []
     for row, data in read_images(run.shards[shard], table["row"].to_pylist()):
-        paths.append(f"{shard:06d}/{row:08d}.{_extension(data)}")
+        paths.append(f"{shard:06d}/{row:08d}.{format_of(data)}")
         with storage.write_atomic(storage.join(folder, paths[-1]), sync=False) as stream:
             stream.write(data)
     return paths
-
-
-def _extension(data: bytes) -> str:
-    if data.startswith(b"\x89PNG"):
-        return "png"
-    return "webp" if data[8:12] == b"WEBP" else "jpg"
 
 
 def _fiftyone_rows(table: pa.Table, paths: Sequence[str], class_names: Sequence[str] | None) -> pa.Table:

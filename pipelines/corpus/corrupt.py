@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 
 from ops.corruptions import CORRUPTIONS, SEVERITIES, corrupt
-from ops.images import ImageError, decode_image
+from ops.decoding import ImageError, decode_image
 from pipelines.corpus.samples import IMAGE_SUFFIXES, LabelSource, SampleNumbering
 from pipelines.corpus.shards import read_shard
 from pipelines.corpus.tarstream import ByteStream, TarDamage, TarStream

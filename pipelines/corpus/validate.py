@@ -15,7 +15,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from ops.images import ImageError, decode_image
+from ops.decoding import ImageError, decode_image
 from pipelines.corpus.samples import LabelSource
 from pipelines.corpus.shardlist import evenly
 from pipelines.corpus.shards import read_shard

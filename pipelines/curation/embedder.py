@@ -14,8 +14,9 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from ops.decoding import ImageError, decode_image
 from ops.encoders import Encoder, load_encoder
-from ops.images import ImageError, augment, decode_image
+from ops.images import augment
 from pipelines.curation.workers import DECODERS, STEPS, Resources
 from pipelines.runs import columns
 from pipelines.runs.record import CorpusConfig
@@ -66,7 +67,7 @@ class EmbedImages:
         kept, pictures, prepared, failed, pixels = [], [], [], {}, 0
         for row in rows.tolist():
             try:
-                picture = decode_image(images[row].as_py(), max_pixels=self.config.max_pixels)
+                picture = decode_image(images[row].as_py(), self.config.max_pixels, self.config.exif)
             except ImageError as error:
                 failed[row] = str(error)
                 continue

@@ -168,7 +168,7 @@ def input_batches(
             vectors = columns.vectors(batch["embedding"]).astype(np.float32)
             yield batch["row"].to_numpy(), torch.from_numpy(vectors)
         return
-    decoder = PictureDecoder(model.spec.image_size, forward.max_pixels)
+    decoder = PictureDecoder(model.spec.image_size, forward.max_pixels, exif=entry.exif)
     for batch, pictures in decoder.decode_all(_encoded(shard, entry, rows, forward.batch_size)):
         yield batch.rows, pictures
 

@@ -1,14 +1,13 @@
 """Pictures of chosen samples, fetched from their shards, and a contact sheet of the hardest and easiest per class."""
 
-import io
-
 import numpy as np
 import pyarrow as pa
 from PIL import Image, ImageDraw, ImageOps
 
+from ops.decoding import decode_picture
 from pipelines.corpus.shards import read_images
 from pipelines.runs import columns, joins
-from pipelines.runs.record import Run, Shard
+from pipelines.runs.record import CorpusConfig, Run, Shard
 from pipelines.runs.tasks import in_order
 
 TILE = 72  # pixels
@@ -68,15 +67,15 @@ def contact_sheet(run: Run, column: str = "difficulty.rmd", each: int = 12) -> I
             line, at = max(label, 0), place.get(label, 0)
             place[label] = at + 1
             x = margin + side * (each * TILE + gap) + at * TILE
-            sheet.paste(thumbnail(image), (x + 2, 40 + line * TILE + 2))
+            sheet.paste(thumbnail(image, run.config), (x + 2, 40 + line * TILE + 2))
     for line, name in enumerate(names):
         draw.text((8, 40 + line * TILE + TILE // 2 - 8), name[:14], fill="black", font_size=15)
     return sheet
 
 
-def thumbnail(data: bytes, size: int = TILE - 4) -> Image.Image:
+def thumbnail(data: bytes, config: CorpusConfig, size: int = TILE - 4) -> Image.Image:
     """A square picture of `size` pixels; small ones are enlarged without smoothing, so that their pixels show."""
-    picture = Image.open(io.BytesIO(data)).convert("RGB")
+    picture = Image.fromarray(decode_picture(data, config.max_pixels, config.exif).pixels)
     method = Image.Resampling.NEAREST if max(picture.size) < size else Image.Resampling.LANCZOS
     return ImageOps.fit(picture, (size, size), method)
 

@@ -8,6 +8,7 @@ from itertools import accumulate
 import pyarrow as pa
 from PIL import Image
 
+from ops.decoding import ImageError, decode_picture
 from pipelines.corpus.shards import ShardChanged, read_images
 from pipelines.corpus.tarstream import StorageError
 from pipelines.report.scan import Limits
@@ -84,19 +85,18 @@ def _shard_thumbnails(
         return {}, str(error)
     except StorageError as error:
         return {}, f"{error}; its samples have no picture here"
-    found = {(position, row): thumbnail(image, max_pixels, size) for row, image in images}
+    found = {(position, row): thumbnail(image, max_pixels, size, shard.exif) for row, image in images}
     return {place: picture for place, picture in found.items() if picture}, None
 
 
-def thumbnail(data: bytes, max_pixels: int, size: int = SIZE) -> str | None:
-    """An encoded image as base64 of a WebP whose longer side is at most `size` pixels; None if it is no image any more."""
+def thumbnail(data: bytes, max_pixels: int, size: int = SIZE, exif: str = "ignore") -> str | None:
+    """An encoded image as base64 of a WebP whose longer side is at most `size` pixels; None if it is no image any more.
+
+    Decoded as for the encoder, so the report shows what the encoder saw.
+    """
     try:
-        picture = Image.open(io.BytesIO(data))
-        if picture.width * picture.height > max_pixels:
-            return None
-        picture.draft("RGB", (2 * size, 2 * size))
-        picture = picture.convert("RGBA" if "A" in picture.getbands() or "transparency" in picture.info else "RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        picture = Image.fromarray(decode_picture(data, max_pixels, exif).pixels)
+    except ImageError:
         return None
     picture.thumbnail((size, size), Image.Resampling.LANCZOS)
     stream = io.BytesIO()

@@ -197,6 +197,7 @@ def settings(run: Run) -> list[tuple[str, str]]:
         ("Labels", config.label),
         ("Views per image", str(config.views)),
         ("Largest image", f"{config.max_pixels:,} pixels"),
+        ("EXIF rotation", "applied" if config.exif == "apply" else "ignored"),
         ("Shards", f"{len(run.shards):,}, {sum(shard.size for shard in run.shards) / 1e6:,.1f} MB"),
     ]
     if run.shards:

@@ -51,13 +51,15 @@ def fingerprints(*parts: Any) -> Callable[[Any], str]:
 class Shard:
     """One shard as it was found: `size` in bytes, time of modification in nanoseconds (0 where the store has none).
 
-    `image` is the suffix of the members that are its images, where the run names one; all who read the shard heed it.
+    `image` and `exif` are the run's: the suffix of the members that are the images, where it names one, and whether
+    pictures are turned as their EXIF data says. Whoever reads the shard heeds them.
     """
 
     url: str
     size: int
     mtime_ns: int
     image: str | None = None
+    exif: str = "ignore"
 
     def found(self) -> dict[str, Any]:
         """What is recorded of the file itself."""
@@ -244,8 +246,8 @@ class Run:
         """The run's shards; a shard's position here is its number in every column group. Not to be changed."""
         made_of, shards = self._shards
         if made_of is not self.record["shards"]:
-            image = self.record["config"].get("image")
-            shards = [Shard(**record, image=image) for record in self.record["shards"]]
+            image, exif = self.config.image, self.config.exif
+            shards = [Shard(**record, image=image, exif=exif) for record in self.record["shards"]]
             self._shards = (self.record["shards"], shards)
         return shards
 

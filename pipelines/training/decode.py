@@ -18,7 +18,7 @@ from torch.nn.functional import pad
 from torchvision.transforms.v2 import InterpolationMode, RandAugment
 from torchvision.transforms.v2 import functional as F
 
-from ops.images import decode_image
+from ops.decoding import decode_image
 
 AUGMENTATIONS = ("none", "crop_flip", "randaugment")
 
@@ -72,12 +72,12 @@ class Augmentation:
 class PictureDecoder:
     """Encoded images to (B, 3, S, S) uint8: shorter side to S (bicubic, antialiased), centre crop; as is where it fits."""
 
-    def __init__(self, image_size: int, max_pixels: int, threads: int = 2):
-        self.image_size, self.max_pixels, self.threads = image_size, max_pixels, max(1, threads)
+    def __init__(self, image_size: int, max_pixels: int, threads: int = 2, exif: str = "ignore"):
+        self.image_size, self.max_pixels, self.threads, self.exif = image_size, max_pixels, max(1, threads), exif
 
     def decode(self, data: bytes) -> Tensor:
         """One image. ops.images.ImageError if it cannot be decoded (it could when it was embedded)."""
-        image = decode_image(data, max_pixels=self.max_pixels)
+        image = decode_image(data, self.max_pixels, self.exif)
         return fit_square(image, self.image_size)
 
     def decode_all(self, batches: Iterable[Any]) -> Iterator[tuple[Any, Tensor]]:

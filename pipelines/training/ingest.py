@@ -163,7 +163,9 @@ class Loader:
         self.expanded = list(expanded) if expanded is not None else self.counts
         self.first_index = np.concatenate([[0], np.cumsum(self.counts)])
         self.decoder = (
-            PictureDecoder(source.image_size, source.max_pixels, threads) if source.input == "images" else None
+            PictureDecoder(source.image_size, source.max_pixels, threads, source.exif)
+            if source.input == "images"
+            else None
         )
         per_sample = 4 * width if source.input == "embeddings" else 3 * source.image_size**2
         self.resident = sum(self.counts) * per_sample <= cache_bytes

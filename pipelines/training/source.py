@@ -42,6 +42,11 @@ class Source:
         """The source that a run is, with `values` for the other attributes."""
         return cls(run.uri, tuple(run.shards), max_pixels=run.config.max_pixels, **values)
 
+    @property
+    def exif(self) -> str:
+        """Whether pictures are turned as their EXIF data says, for the whole run."""
+        return self.shards[0].exif if self.shards else "ignore"
+
     def keys(self, shard: int) -> pa.Table:
         """key, shard, row, label and the columns of a shard's samples, in shard order. Reads no vectors, no images."""
         table = joins.join(self.run_uri, shard, [*self.columns, DECISION])

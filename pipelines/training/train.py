@@ -19,7 +19,7 @@ import ray.train
 import ray.train.torch
 from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
 
-from ops.images import decode_image
+from ops.decoding import decode_image
 from ops.models import ClassifierSpec, build_classifier
 from pipelines.corpus.shardlist import look_up
 from pipelines.corpus.shards import iter_images
@@ -218,7 +218,7 @@ def _first_image_size(run: Run) -> int:
         if not len(rows):
             continue
         for _, images in iter_images(shard, run.shards[shard], rows[:1]):
-            return min(224, *decode_image(images[0], max_pixels=run.config.max_pixels).shape[-2:])
+            return min(224, *decode_image(images[0], run.config.max_pixels, run.config.exif).shape[-2:])
     raise ValueError(f"--run {run.uri}: no usable image in its shards")
 
 

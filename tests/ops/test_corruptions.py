@@ -11,7 +11,7 @@ from scipy import ndimage
 from sklearn.datasets import load_sample_image
 
 from ops.corruptions import CORRUPTIONS, SEVERITIES, corrupt
-from ops.images import decode_image
+from ops.decoding import decode_image
 
 
 def photograph(side):

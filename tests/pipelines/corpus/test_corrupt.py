@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from ops.corruptions import corrupt
-from ops.images import decode_image
+from ops.decoding import decode_image
 from pipelines.corpus.corrupt import FAMILIES, corrupt_shards, named_kinds, output_names
 from pipelines.corpus.shards import expand_shards
 from pipelines.runs.record import Shard

@@ -63,7 +63,7 @@ def actor(tmp_path):
 
 
 def test_embeddings_are_those_of_the_encoder(actor, make_image):
-    from ops.images import decode_image
+    from ops.decoding import decode_image
 
     images = [make_image(i) for i in range(11)]
     result = actor()(block(images))

@@ -8,7 +8,7 @@ import pytest
 import torch
 from scipy.special import softmax
 
-from ops.images import decode_image
+from ops.decoding import decode_image
 from ops.models import load_classifier, save_classifier
 from pipelines.evaluation import calibrate
 from pipelines.evaluation.outcomes import open_predictions
