@@ -13,13 +13,11 @@ import typing
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-import numpy as np
-import pyarrow as pa
 from docstring_parser import parse_from_object
 from jsonargparse import ActionConfigFile, ArgumentParser
 
-# Kinds of ValueError that no option causes: with their traceback they can be mended.
-BUGS = (np.linalg.LinAlgError, pa.ArrowInvalid, UnicodeDecodeError)
+from pipelines.runs.errors import StageFailed, UserError
+
 Body = Callable[..., dict[str, Any]]
 
 
@@ -77,11 +75,10 @@ class Command:
             return [
                 group(**{f.name: getattr(values, f.name) for f in dataclasses.fields(group)}) for group in self.groups
             ]
-        except ValueError as error:
-            parser.error(str(error))
+        except UserError as error:
+            parser.error(_told(error))
 
     def _run(self, options: list[Any]) -> int:
-        from pipelines.runs.errors import StageFailed
         from pipelines.runs.holder import COMMAND
 
         COMMAND.set(f"hardset {self.name}")
@@ -92,19 +89,33 @@ class Command:
         except Exception as error:
             cause = _root_cause(error)
             if isinstance(cause, StageFailed):
-                return self._fail(1, str(cause))
-            if isinstance(cause, ValueError) and type(cause) not in BUGS and not os.environ.get("HARDSET_TRACEBACK"):
-                return self._fail(2, f"error: {cause}")
+                return self._fail(1, _with_flags(str(cause)))
+            if isinstance(cause, UserError) and not os.environ.get("HARDSET_TRACEBACK"):
+                return self._fail(2, f"error: {_told(cause)}")
             if isinstance(cause, (OSError, *_ray_errors("RayError"))) and not os.environ.get("HARDSET_TRACEBACK"):
                 return self._fail(1, f"{type(cause).__name__}: {cause}; finished shards are kept")
             raise
         if any(getattr(group, "json", False) for group in options):
             print(json.dumps(result, default=_plain), flush=True)
-        return self._fail(1, result["failed"]) if result.get("failed") else 0
+        return self._fail(1, _with_flags(result["failed"])) if result.get("failed") else 0
 
     def _fail(self, status: int, message: str) -> int:
         sys.stderr.write(f"hardset {self.name}: {' '.join(message.split())}\n")
         return status
+
+
+def flag_of(field: str) -> str:
+    """`max_bad_fraction` -> `--max-bad-fraction`; `from_`, whose name alone Python keeps for itself, -> `--from`."""
+    return "--" + field.strip("_").replace("_", "-")
+
+
+def _with_flags(message: str) -> str:
+    """A message in which options, fields in backticks, are called as on the command line."""
+    return re.sub(r"`([a-z][a-z_]*)`", lambda found: flag_of(found[1]), message)
+
+
+def _told(error: UserError) -> str:
+    return _with_flags(error.message if error.field is None else error.told(flag_of(error.field)))
 
 
 def say(text: str) -> None:
@@ -124,7 +135,7 @@ def _add_options(parser: ArgumentParser, group: type) -> None:
     target = parser.add_argument_group(parse_from_object(group).short_description)
     hints = typing.get_type_hints(group)
     for field in dataclasses.fields(group):
-        flag, about = "--" + field.name.replace("_", "-"), {"help": help_of.get(field.name)}
+        flag, about = flag_of(field.name), {"dest": field.name, "help": help_of.get(field.name)}
         hint = hints[field.name]
         if field.default_factory is not dataclasses.MISSING:
             about["default"] = field.default_factory()

@@ -14,6 +14,7 @@ from jobs.command import Command, say
 from jobs.options import RunOptions
 from jobs.session import tracked
 from pipelines.evaluation import compare as comparing
+from pipelines.runs.errors import UserError
 from pipelines.runs.record import Run
 from pipelines.training import trainings
 
@@ -51,16 +52,16 @@ def compare(options: MaybeRunOptions, comparison: CompareOptions) -> dict[str, A
     """Print and return the agreement, or the table of trainings; reads only, without Ray."""
     if comparison.models:
         if options.run is not None:
-            raise ValueError("--models: compares trainings, --run and --other columns; one of the two")
+            raise UserError("compares trainings, `run` and `other` columns; one of the two", "models")
         return _compare_trainings(comparison)
     if options.run is None:
-        raise ValueError("--run: which? two runs whose columns to compare, or --models DIR DIR …")
+        raise UserError("which? two runs whose columns to compare, or `models` DIR DIR …", "run")
     if comparison.over_seeds:
-        raise ValueError("--over-seeds: has a meaning with --models only")
+        raise UserError("has a meaning with `models` only", "over_seeds")
     if comparison.bands < 2:
-        raise ValueError(f"--bands {comparison.bands}: at least 2")
+        raise UserError(f"{comparison.bands}: at least 2", "bands")
     run = Run.open(options.run)
-    other = run if comparison.other is None else Run.open(comparison.other, "--other")
+    other = run if comparison.other is None else Run.open(comparison.other, "other")
     names = (comparison.column, comparison.other_column or comparison.column)
     with tracked("compare", options, comparison) as tracker:
         found = comparing.compare_columns(run, other, *names)
@@ -177,7 +178,7 @@ def with_flags(words: Sequence[str]) -> list[str]:
         else:
             runs.append(word)
     if len(runs) > 2:
-        raise ValueError(f"expected RUN RUN2, found {len(runs)} names: {' '.join(runs)}")
+        raise UserError(f"expected RUN RUN2, found {len(runs)} names: {' '.join(runs)}")
     return [part for pair in zip(("--run", "--other"), runs) for part in pair] + rest
 
 

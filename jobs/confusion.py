@@ -14,6 +14,7 @@ from jobs.session import ray_session, tracked
 from pipelines.confusion import heads, images
 from pipelines.confusion import score as scoring
 from pipelines.confusion.members import Member, Placement, plan_members, report
+from pipelines.runs.errors import UserError
 from pipelines.runs.progress import duration
 from pipelines.runs.record import Run
 from pipelines.training.source import Source
@@ -58,20 +59,20 @@ class ConfusionOptions:
     def __post_init__(self) -> None:
         for name in ("seeds", "epochs"):
             if getattr(self, name) < 1:
-                raise ValueError(f"--{name} {getattr(self, name)}: at least 1")
+                raise UserError(f"{getattr(self, name)}: at least 1", name)
         for name in ("workers", "score_batch"):
             if (value := getattr(self, name)) is not None and value < 1:
-                raise ValueError(f"--{name.replace('_', '-')} {value}: at least 1")
+                raise UserError(f"{value}: at least 1", name)
         if self.seed < 0:
-            raise ValueError(f"--seed {self.seed}: at least 0")
+            raise UserError(f"{self.seed}: at least 0", "seed")
         if self.bootstrap and self.input == "images":
-            raise ValueError("--bootstrap: only with --input embeddings")
+            raise UserError("only with `input` embeddings", "bootstrap")
 
 
 def confusion(options: RunOptions, ensemble: ConfusionOptions) -> dict[str, Any]:
     """Train what is not trained yet, then score the run, and the other one where one is given."""
     run = Run.open(options.run)
-    other = None if ensemble.score_run is None else Run.open(ensemble.score_run, "--score-run")
+    other = None if ensemble.score_run is None else Run.open(ensemble.score_run, "score_run")
     if other is not None:
         if ensemble.input == "embeddings":
             scoring.check_same_encoder(run, other)

@@ -14,6 +14,7 @@ from jobs.session import ray_session
 from pipelines.corpus.digits import Faults, findings, write_digits
 from pipelines.report.gallery import contact_sheet
 from pipelines.runs import joins, storage
+from pipelines.runs.errors import UserError
 from pipelines.runs.record import Run
 from pipelines.summary import quarantine_reasons
 
@@ -39,7 +40,7 @@ def demo(options: DemoOptions) -> dict:
     marker = out / ".hardset-demo"
     for part in ("shards", "run"):
         if (out / part).exists() and not marker.exists():
-            raise ValueError(f"--out {options.out}: its {part}/ is not of an earlier demo; take another folder")
+            raise UserError(f"{options.out}: its {part}/ is not of an earlier demo; take another folder", "out")
         storage.remove_tree(str(out / part))
     out.mkdir(parents=True, exist_ok=True)
     marker.touch()

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from jobs.command import Command, say
 from jobs.options import RunOptions, at_least
 from jobs.session import ray_session, tracked
+from pipelines.runs.errors import UserError
 
 Method = Literal["temperature", "meta_misclassification", "meta_accuracy"]
 
@@ -37,7 +38,7 @@ class EvaluateOptions:
     def __post_init__(self) -> None:
         at_least(self, 0, ("bootstrap", "seed"))
         if reserved := {"run", "seconds"} & {*self.predictions, *self.trust}:
-            raise ValueError(f"--predictions {' '.join(sorted(reserved))}: the result has that name for something else")
+            raise UserError(f"{' '.join(sorted(reserved))}: the result has that name for something else", "predictions")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,7 +59,7 @@ class CalibrateOptions:
     def __post_init__(self) -> None:
         for name in ("meta_alpha", "meta_accuracy"):
             if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: expected a fraction in [0, 1]")
+                raise UserError(f"{getattr(self, name)}: expected a fraction in [0, 1]", name)
 
 
 def evaluate(options: RunOptions, asked: EvaluateOptions, calibration: CalibrateOptions) -> dict[str, Any]:
@@ -69,9 +70,9 @@ def evaluate(options: RunOptions, asked: EvaluateOptions, calibration: Calibrate
 
     started = time.monotonic()
     run = Run.open(options.run)
-    other = None if asked.ood is None else Run.open(asked.ood, "--ood")
+    other = None if asked.ood is None else Run.open(asked.ood, "ood")
     elsewhere = calibration.calibration_run
-    fitted = None if elsewhere is None else Run.open(elsewhere, "--calibration-run")
+    fitted = None if elsewhere is None else Run.open(elsewhere, "calibration_run")
     question = sidebyside.Question(
         predictions=tuple(asked.predictions),
         trust=tuple(asked.trust),

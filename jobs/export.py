@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from jobs.command import Command, say
 from jobs.options import named
+from pipelines.runs.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,7 +39,7 @@ class ExportOptions:
     def __post_init__(self) -> None:
         named(self, ("run", "out"))
         if not 0 <= self.threshold <= 1:
-            raise ValueError(f"--threshold {self.threshold}: expected a fraction in [0, 1]")
+            raise UserError(f"{self.threshold}: expected a fraction in [0, 1]", "threshold")
 
 
 def export(options: ExportOptions) -> dict[str, Any]:

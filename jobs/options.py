@@ -4,20 +4,22 @@ import dataclasses
 from collections.abc import Iterable
 from typing import Literal
 
+from pipelines.runs.errors import UserError
+
 
 def at_least(options: object, low: float, names: Iterable[str]) -> None:
     """ValueError, which becomes status 2, if one of these options is set and below `low`."""
     for name in names:
         value = getattr(options, name)
         if value is not None and value < low:
-            raise ValueError(f"--{name.replace('_', '-')} {value}: must be at least {low}")
+            raise UserError(f"{value}: must be at least {low}", name)
 
 
 def named(options: object, names: Iterable[str]) -> None:
     """ValueError if one of these options is an empty path, which would mean the working directory or a root."""
     for name in names:
         if getattr(options, name) is not None and not getattr(options, name).strip():
-            raise ValueError(f"--{name.replace('_', '-')} '': expected a path or a URI")
+            raise UserError("'': expected a path or a URI", name)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -97,7 +99,7 @@ class WorkerOptions:
     def __post_init__(self) -> None:
         at_least(self, 1, ("workers", "batch_size"))
         if not 0 <= self.max_bad_fraction <= 1:
-            raise ValueError(f"--max-bad-fraction {self.max_bad_fraction}: expected a fraction in [0, 1]")
+            raise UserError(f"{self.max_bad_fraction}: expected a fraction in [0, 1]", "max_bad_fraction")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -121,7 +123,7 @@ class GaussianOptions:
         except ValueError:
             value = -1.0
         if not 0 <= value <= 1:
-            raise ValueError(f"--shrinkage {self.shrinkage}: expected auto, none, oas, or a number in [0, 1]")
+            raise UserError(f"{self.shrinkage}: expected auto, none, oas, or a number in [0, 1]", "shrinkage")
         return value
 
 
@@ -145,7 +147,7 @@ class WeightOptions:
         at_least(self, 0, ("seed",))
         for name in ("temperature", "c"):
             if not getattr(self, name) > 0:
-                raise ValueError(f"--{name} {getattr(self, name)}: must be above 0")
+                raise UserError(f"{getattr(self, name)}: must be above 0", name)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -177,12 +179,12 @@ class SubsetOptions:
     def __post_init__(self) -> None:
         at_least(self, 1, ("samples_per_shard",))
         if self.top is not None and self.bottom is not None:
-            raise ValueError("--top and --bottom: one of them")
+            raise UserError("one of `top` and `bottom`, not both")
         amount = self.amount
         if amount <= 0 or (isinstance(amount, float) and amount > 1):
-            raise ValueError(
-                f"--{'top' if self.bottom is None else 'bottom'} {amount}: expected a fraction in (0, 1] such as 0.1, "
-                "or a whole number of samples such as 500"
+            raise UserError(
+                f"{amount}: expected a fraction in (0, 1] such as 0.1, or a whole number of samples such as 500",
+                "top" if self.bottom is None else "bottom",
             )
         self.intervals()
 
@@ -197,8 +199,9 @@ class SubsetOptions:
             return None
         column, colon, number = self.stratify.rpartition(":")
         if not colon or not number.isdecimal() or int(number) < 1:
-            raise ValueError(
-                f"--stratify {self.stratify}: expected COLUMN:N with a number of intervals, such as difficulty.rmd:20"
+            raise UserError(
+                f"{self.stratify}: expected COLUMN:N with a number of intervals, such as difficulty.rmd:20",
+                "stratify",
             )
         return column, int(number)
 

@@ -13,6 +13,7 @@ from typing import Any
 from jobs.command import Command, say
 from jobs.options import CorpusOptions, RunOptions, SessionOptions, WorkerOptions, at_least
 from jobs.session import ray_session, tracked
+from pipelines.runs.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,7 +34,7 @@ class PlanOptions:
     def __post_init__(self) -> None:
         at_least(self, 1, ("samples", "gpus", "measure"))
         if not self.seconds > 0:
-            raise ValueError(f"--seconds {self.seconds}: must be above 0")
+            raise UserError(f"{self.seconds}: must be above 0", "seconds")
 
 
 def plan(session: SessionOptions, asked: PlanOptions, corpus: CorpusOptions, workers: WorkerOptions) -> dict[str, Any]:
@@ -52,9 +53,10 @@ def plan(session: SessionOptions, asked: PlanOptions, corpus: CorpusOptions, wor
         cluster.connect()
         session_s = time.monotonic() - started + _tracking_s()
         if asked.gpus is not None and not cluster.capacity().gpus:
-            raise ValueError(
-                f"--gpus {asked.gpus}: Ray has no GPU here to measure on; plan where there is one, "
-                "or leave --gpus out for a plan on CPU cores"
+            raise UserError(
+                f"{asked.gpus}: Ray has no GPU here to measure on; plan where there is one, "
+                "or leave `gpus` out for a plan on CPU cores",
+                "gpus",
             )
         present = stages.resources(dataclasses.replace(workers, workers=None))
         here = min(workers.workers or present.workers, present.workers)
@@ -83,7 +85,7 @@ def _corpus(asked: PlanOptions, corpus: CorpusOptions) -> tuple[Any, Any, list]:
         return run, run.config, run.shards
     for name in ("shards", "encoder"):
         if getattr(corpus, name) is None:
-            raise ValueError(f"--{name}: needed, or --run of a run that has it")
+            raise UserError("needed, or `run` of a run that has it", name)
     shards = expand_shards(corpus.shards, tell=say)
     say(f"shards: {len(shards)}, {sum(s.size for s in shards) / 1e6:,.1f} MB")
     return None, stages.corpus_config(corpus, None), shards
@@ -105,7 +107,7 @@ def _scratch(run: Any, nodes: int) -> Any:
     if run is not None:
         return contextlib.nullcontext(run.path(".parts", "plan"))
     if nodes > 1:
-        raise ValueError("--run: needed on a cluster of several nodes, which measure into a folder that all can reach")
+        raise UserError("needed on a cluster of several nodes, which measure into a folder that all can reach", "run")
     return tempfile.TemporaryDirectory(prefix="hardset-plan-")
 
 

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from jobs.command import Command, say
 from jobs.options import RunOptions, WorkerOptions
 from jobs.session import ray_session, tracked
+from pipelines.runs.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,7 +40,7 @@ def predict(options: RunOptions, asked: PredictOptions) -> dict[str, Any]:
 
     run, model = Run.open(options.run), read_classifier(asked.checkpoint)
     if asked.batch_size < 1:
-        raise ValueError(f"--batch-size {asked.batch_size}: at least 1")
+        raise UserError(f"{asked.batch_size}: at least 1", "batch_size")
     with (
         run.lease(f"{prediction.PREDICTIONS}/{asked.name}"),
         tracked("predict", options, asked) as tracker,

@@ -12,6 +12,7 @@ from typing import Any
 
 from jobs.options import RunOptions, SessionOptions
 from pipelines.runs import cluster
+from pipelines.runs.errors import UserError
 
 # Read when Ray is imported, which therefore happens inside the functions below.
 RAY_SETTINGS = {
@@ -40,7 +41,7 @@ def ray_session(options: SessionOptions) -> Iterator[None]:
         try:
             start_ray(address=address, **own)
         except ConnectionError as error:
-            raise ValueError(f"--ray-address {address}: no Ray there ({error})") from None
+            raise UserError(f"{address}: no Ray there ({error})", "ray_address") from None
         import ray
 
         ray.data.DataContext.get_current().enable_progress_bars = False
@@ -135,7 +136,7 @@ def _store(mlflow: Any, uri: str) -> Iterator[None]:
             mlflow.set_tracking_uri(uri)
             _set_experiment(mlflow, uri)
         except Exception as error:  # of MLflow, of the database below it, of the network
-            raise ValueError(f"--mlflow {uri}: {' '.join(str(error).split())[:200]}") from None
+            raise UserError(f"{uri}: {' '.join(str(error).split())[:200]}", "mlflow") from None
         yield
     finally:
         mlflow.set_tracking_uri(before)

@@ -20,7 +20,7 @@ from pipelines.curation import score as scoring
 from pipelines.curation import select as selecting
 from pipelines.curation.workers import Resources
 from pipelines.runs import cluster, column_groups, columns, storage
-from pipelines.runs.errors import UserError
+from pipelines.runs.errors import UserError, concerning
 from pipelines.runs.progress import bottleneck, duration
 from pipelines.runs.record import CorpusConfig, Run, Shard
 
@@ -35,8 +35,8 @@ def open_run(options: RunOptions, corpus: CorpusOptions, gaussians: GaussianOpti
     there = Run.exists(options.run) and not corpus.overwrite
     if not there and (corpus.shards is None or corpus.encoder is None):
         missing = "shards" if corpus.shards is None else "encoder"
-        raise ValueError(
-            f"--{missing}: needed, as {options.run} is not a run yet (webdataset shards and an encoder make one)"
+        raise UserError(
+            f"needed, as {options.run} is not a run yet (webdataset shards and an encoder make one)", missing
         )
     known = Run.open(options.run) if there else None
     if known is None and (part := columns.column_in_path(options.run)):
@@ -51,7 +51,7 @@ def open_run(options: RunOptions, corpus: CorpusOptions, gaussians: GaussianOpti
         )
     config = known.config if known is not None and not _asks(corpus) else corpus_config(corpus, known and known.config)
     if gaussians is not None and gaussians.gaussians is not None:
-        fitting.check_adoptable(config, Run.open(gaussians.gaussians, "--gaussians"))
+        fitting.check_adoptable(config, Run.open(gaussians.gaussians, "gaussians"))
     moved = moving.take_up(known, shards, moves) if known is not None else {}
     if moved:
         old, new = next(iter(moved.items()))
@@ -93,10 +93,8 @@ def corpus_config(corpus: CorpusOptions, known: CorpusConfig | None) -> CorpusCo
     if known is not None:
         values = {f.name: getattr(known, f.name) for f in dataclasses.fields(known)} | values
     spec = corpus.encoder if corpus.encoder is not None else values["encoder"]
-    try:
+    with concerning("encoder"):
         encoder = load_encoder(spec, l2=values.get("normalize", False))
-    except ValueError as error:
-        raise ValueError(f"--{error}") from None  # «encoder 'x': …»
     values |= {"encoder": encoder.spec, "encoder_fingerprint": encoder.fingerprint, "width": encoder.width}
     config = CorpusConfig(**values)
     label_source(config)  # its own UserError for a label source that is none
@@ -111,7 +109,7 @@ def resources(workers: WorkerOptions) -> Resources:
     cpus, gpus, nodes = cluster.capacity()
     alone = nodes == 1 and cpus > 0  # not the empty head of an autoscaling cluster
     if workers.device == "cuda" and not gpus and alone:
-        raise ValueError("--device cuda: Ray knows no GPU here; take --device cpu, or a cluster with GPUs")
+        raise UserError("cuda: Ray knows no GPU here; take `device` cpu, or a cluster with GPUs", "device")
     device = "cuda" if workers.device == "cuda" or (gpus and workers.device == "auto") else "cpu"
     count = workers.workers or max(1, gpus if device == "cuda" else int(cpus))
     # At most half the cores for the actors: reads and writes must fit beside them, or nothing ever runs.
@@ -130,11 +128,11 @@ def array_device(workers: WorkerOptions) -> str:
 
 def check_selection(selection: SubsetOptions, seed: int = 0) -> None:
     """Find the mistakes in a subset's rule and name that can be found before any work."""
-    columns.check_name("--name", selection.name)
-    group, column = columns.split_name(rule(selection, seed).by, "--by")
+    columns.check_name("name", selection.name)
+    group, column = columns.split_name(rule(selection, seed).by, "by")
     scores = [n for n in (*columns.DIFFICULTY_SCHEMA.names, columns.KMEANS.name) if n not in columns.KEYS_AND_LABEL]
     if group == columns.DIFFICULTY and column not in scores:
-        raise ValueError(f"--by {selection.by}: there is no such score, there are {', '.join(scores)}")
+        raise UserError(f"{selection.by}: there is no such score, there are {', '.join(scores)}", "by")
     if selection.where:
         conditions.columns_of(selection.where)
 
@@ -142,7 +140,7 @@ def check_selection(selection: SubsetOptions, seed: int = 0) -> None:
 def check_selected_groups(run: Run, selection: SubsetOptions) -> None:
     """ValueError unless the run has what a subset is chosen by, but for what curate itself makes."""
     made = (columns.EMBEDDINGS, columns.DIFFICULTY)
-    asked = [("--by", selection.by), *([("--stratify", column[0])] if (column := selection.intervals()) else [])]
+    asked = [("by", selection.by), *([("stratify", column[0])] if (column := selection.intervals()) else [])]
     for option, column in asked:
         if columns.split_name(column, option)[0] not in made:
             column_groups.check_score(run.uri, len(run.shards), column, option)
@@ -169,7 +167,7 @@ def fit(run: Run, gaussians: GaussianOptions, workers: WorkerOptions) -> dict[st
     """Fit the Gaussians, or take another run's."""
     if gaussians.gaussians is not None:
         with run.lease(fitting.GAUSSIANS):
-            entry = fitting.adopt(run, Run.open(gaussians.gaussians, "--gaussians"))
+            entry = fitting.adopt(run, Run.open(gaussians.gaussians, "gaussians"))
         say(f"fit: nothing fitted, Gaussians of {gaussians.gaussians} ({entry['samples']:,} samples)")
         return entry
     with run.lease(fitting.GAUSSIANS):
@@ -201,7 +199,7 @@ def score(run: Run, weights: WeightOptions, workers: WorkerOptions) -> dict[str,
 
 def select(run: Run, chosen: selecting.Rule, options: SubsetOptions) -> dict[str, Any]:
     """Write a subset."""
-    columns.check_name("--name", options.name)
+    columns.check_name("name", options.name)
     with run.lease(f"subsets/{options.name}"):
         entry = selecting.select(run, chosen, options.name, options.samples_per_shard)
     done = "already there" if entry["skipped"] else duration(entry["seconds"])

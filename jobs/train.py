@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from jobs.command import Command, say
 from jobs.options import RunOptions, WorkerOptions, at_least, named
 from jobs.session import Tracker, ray_session, tracked
+from pipelines.runs.errors import UserError
 
 if TYPE_CHECKING:
     from pipelines.runs.record import Run
@@ -175,9 +176,9 @@ def train(
     training.check_correctness_group(learn.correctness)
     chosen = _choices(learn, model, loss.argument)
     if how.batch_size % trainer.workers:
-        raise ValueError(f"--workers {trainer.workers}: must be a divisor of --batch-size {how.batch_size}")
+        raise UserError(f"{trainer.workers}: must be a divisor of `batch_size` {how.batch_size}", "workers")
     run = Run.open(options.run)
-    eval_run = None if learn.eval_run is None else Run.open(learn.eval_run, "--eval-run")
+    eval_run = None if learn.eval_run is None else Run.open(learn.eval_run, "eval_run")
     with contextlib.ExitStack() as held, ray_session(options):
         device = stages.resources(WorkerOptions(device=trainer.device)).device
         plan = training.plan_training(run, trainer.out or "", loss, how, chosen, eval_run)
@@ -227,14 +228,14 @@ def _choices(learn: LearnOptions, model: ModelOptions, argument: str | None) -> 
         input=learn.input,
         model=model.model,
         weights=learn.weights or ("difficulty.weight" if argument == "weight" else None),
-        groups=rule(learn.groups, "--groups", learn.groups_by_class),
+        groups=rule(learn.groups, "groups", learn.groups_by_class),
         group_method=learn.group_method,
         group_step_size=learn.group_step_size,
         group_adjustment=learn.group_adjustment,
         sampler=learn.sampler,
-        upsample=rule(_upsampled(learn), "--upsample"),
+        upsample=rule(_upsampled(learn), "upsample"),
         upsample_factor=learn.upsample_factor,
-        bins=rule(learn.bins, "--bins"),
+        bins=rule(learn.bins, "bins"),
         holdout=learn.holdout,
         image_size=model.image_size,
         small_images=model.small_images,
@@ -274,7 +275,7 @@ def _settle(plan: "Plan", trainer: TrainerOptions) -> None:
     before = read_json(storage.join(plan.out, "train.json"))
     if before is not None and before["source"] != plan.lineage["source"]:
         what = _difference(before["config"], plan.lineage["config"])
-        raise ValueError(f"--out {plan.out}: holds another training ({what}); take another --out, or --overwrite")
+        raise UserError(f"{plan.out}: holds another training ({what}); take another `out`, or `overwrite`", "out")
 
 
 def _difference(before: dict[str, Any], now: dict[str, Any]) -> str:

@@ -68,7 +68,7 @@ def trust(options: RunOptions, asked: TrustOptions) -> dict[str, Any]:
     from pipelines.training.checkpoints import read_classifier
 
     run, model = Run.open(options.run), read_classifier(asked.checkpoint)
-    others = [Run.open(uri, "--eval-run") for uri in dict.fromkeys(asked.eval_run)]
+    others = [Run.open(uri, "eval_run") for uri in dict.fromkeys(asked.eval_run)]
     names = {field.name for field in dataclasses.fields(oracles.OracleTraining)} - {"signed"}
     training = oracles.OracleTraining(**{name: getattr(asked, name) for name in names}, signed=not asked.raw)
     with contextlib.ExitStack() as held, tracked("trust", options, asked) as tracker, ray_session(options):

@@ -10,6 +10,7 @@ from typing import Any
 from jobs.command import Command, say
 from jobs.options import SessionOptions, at_least
 from jobs.session import ray_session
+from pipelines.runs.errors import UserError, concerning
 
 SHOWN = 12  # classes and reasons
 
@@ -38,7 +39,7 @@ class ValidateOptions:
     def __post_init__(self) -> None:
         at_least(self, 1, ("max_pixels", "most_shards", "decode_every"))
         if not 0 <= self.max_bad_fraction <= 1:
-            raise ValueError(f"--max-bad-fraction {self.max_bad_fraction}: expected a fraction in [0, 1]")
+            raise UserError(f"{self.max_bad_fraction}: expected a fraction in [0, 1]", "max_bad_fraction")
 
 
 def validate(session: SessionOptions, asked: ValidateOptions) -> dict[str, Any]:
@@ -59,7 +60,7 @@ def validate(session: SessionOptions, asked: ValidateOptions) -> dict[str, Any]:
     _show(found, asked, shards[0].url, shards[-1].url)
     if not found["samples"] or found["bad_fraction"] > asked.max_bad_fraction:
         found["failed"] = (
-            f"a fraction of {found['bad_fraction']:.4f} of the samples is bad, more than --max-bad-fraction "
+            f"a fraction of {found['bad_fraction']:.4f} of the samples is bad, more than `max_bad_fraction` "
             f"{asked.max_bad_fraction}: curate would end with status 1"
             if found["samples"]
             else "no sample in these shards"
@@ -73,7 +74,8 @@ def _encoder(spec: str | None) -> dict[str, Any] | None:
         return None
     from ops.encoders import load_encoder  # torch
 
-    loaded = load_encoder(spec)
+    with concerning("encoder"):
+        loaded = load_encoder(spec)
     return {"spec": loaded.spec, "image_size": loaded.image_size, "width": loaded.width}
 
 

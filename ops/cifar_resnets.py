@@ -105,13 +105,11 @@ def cifar_resnet(name: str, num_classes: int) -> CifarResNet:
     """
     match = _NAME.fullmatch(name)
     if not match or (match[1] == "wrn") != (match[3] is not None):
-        raise ValueError(
-            f"--model {name}: expected cifar_resnetDEPTH, cifar_preact_resnetDEPTH or cifar_wrnDEPTH_WIDTH"
-        )
+        raise ValueError(f"model {name}: expected cifar_resnetDEPTH, cifar_preact_resnetDEPTH or cifar_wrnDEPTH_WIDTH")
     kind, depth, factor = match[1], int(match[2]), int(match[3] or 1)
     offset = 4 if kind == "wrn" else 2
     if depth <= offset or (depth - offset) % 6 or not factor:
-        raise ValueError(f"--model {name}: depth {depth} is not 6n + {offset} (such as 20, 56, 110; wrn28_10)")
+        raise ValueError(f"model {name}: depth {depth} is not 6n + {offset} (such as 20, 56, 110; wrn28_10)")
     widths = (16 * factor, 32 * factor, 64 * factor)
     wide = kind == "wrn"
     return CifarResNet((depth - offset) // 6, widths, num_classes, preactivation=kind != "resnet", project=wide)

@@ -69,7 +69,7 @@ class ClassifierSpec:
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
-        check_choice("--input", self.input, INPUTS)
+        check_choice("input", self.input, INPUTS)
         if self.num_classes < 2:
             raise ValueError(f"a classifier needs at least 2 classes, got {self.num_classes}")
         if self.class_names and len(self.class_names) != self.num_classes:
@@ -80,7 +80,7 @@ class ClassifierSpec:
                 f"a classifier on {self.input} needs {'width' if self.input == 'embeddings' else 'image_size'}"
             )
         if not 0 <= self.dropout < 1:
-            raise ValueError(f"--dropout {self.dropout}: expected a fraction in [0, 1)")
+            raise ValueError(f"dropout {self.dropout}: expected a fraction in [0, 1)")
 
 
 class Classifier(nn.Module):
@@ -122,10 +122,10 @@ class Head(Classifier):
     def __init__(self, spec: ClassifierSpec):
         super().__init__(spec)
         if not _HEAD.fullmatch(spec.model):
-            raise ValueError(f"--model {spec.model}: on embeddings expected linear, mlp:512 or mlp:512x256")
+            raise ValueError(f"model {spec.model}: on embeddings expected linear, mlp:512 or mlp:512x256")
         hidden = [] if spec.model == "linear" else [int(w) for w in spec.model.removeprefix("mlp:").split("x")]
         if 0 in hidden:
-            raise ValueError(f"--model {spec.model}: a hidden layer of width 0")
+            raise ValueError(f"model {spec.model}: a hidden layer of width 0")
         self.register_buffer("mean", torch.zeros(spec.width))
         self.register_buffer("std", torch.ones(spec.width))
         layers, before = [], spec.width
@@ -229,7 +229,7 @@ def load_classifier(folder: str | os.PathLike) -> Classifier:
     except (OSError, RuntimeError, safetensors.SafetensorError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(
-            f"--checkpoint {folder}: {WEIGHTS} does not hold the weights of {spec.model} ({reason})"
+            f"checkpoint {folder}: {WEIGHTS} does not hold the weights of {spec.model} ({reason})"
         ) from None
     model.extra = extra
     return model.eval()
@@ -258,16 +258,16 @@ def _read_record(folder: Path) -> tuple[ClassifierSpec, dict[str, Any]]:
     try:
         record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
-        raise ValueError(f"--checkpoint {folder}: no {RECORD} there; hardset train makes one") from None
+        raise ValueError(f"checkpoint {folder}: no {RECORD} there; hardset train makes one") from None
     except (OSError, ValueError) as error:
-        raise ValueError(f"--checkpoint {folder}: {RECORD} cannot be read ({error})") from None
+        raise ValueError(f"checkpoint {folder}: {RECORD} cannot be read ({error})") from None
     if not isinstance(record, dict) or record.get("format") != FORMAT:
-        raise ValueError(f"--checkpoint {folder}: {RECORD} is not a classifier of hardset ({FORMAT})")
+        raise ValueError(f"checkpoint {folder}: {RECORD} is not a classifier of hardset ({FORMAT})")
     try:
         values = {k: tuple(v) if isinstance(v, list) else v for k, v in record["spec"].items()}
         return ClassifierSpec(**values), dict(record.get("extra", {}))
     except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"--checkpoint {folder}: {RECORD} has no usable spec ({error})") from None
+        raise ValueError(f"checkpoint {folder}: {RECORD} has no usable spec ({error})") from None
 
 
 def _replace(path: Path, data: bytes) -> None:
@@ -284,13 +284,13 @@ def _network(spec: ClassifierSpec) -> nn.Module:
 
     if name not in timm.list_models(name):
         raise ValueError(
-            f"--model {spec.model}: neither one of timm's {len(timm.list_models())} names nor cifar_resnet20 and its like"
+            f"model {spec.model}: neither one of timm's {len(timm.list_models())} names nor cifar_resnet20 and its like"
         )
     options = {"drop_rate": spec.dropout} if spec.dropout else {}
     try:
         net = timm.create_model(name, pretrained=False, num_classes=spec.num_classes, **options)
     except TypeError as error:
-        raise ValueError(f"--model {spec.model}: {error}") from None
+        raise ValueError(f"model {spec.model}: {error}") from None
     if spec.small_images:
         _shrink_stem(net, spec)
     return net
@@ -307,8 +307,6 @@ def _shrink_stem(net: nn.Module, spec: ClassifierSpec) -> None:
             first[0].stride = (1, 1)
             break
     else:
-        raise ValueError(
-            f"--small-images: {spec.model} has no stem that is known here; take a resnet, or cifar_resnet20"
-        )
+        raise ValueError(f"small_images: {spec.model} has no stem that is known here; take a resnet, or cifar_resnet20")
     if hasattr(net, "maxpool"):
         net.maxpool = nn.Identity()

@@ -17,6 +17,7 @@ import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
 from pipelines.runs import joins, storage
+from pipelines.runs.errors import UserError
 from pipelines.runs.record import Run
 from pipelines.training.ingest import WINDOW, Loader
 from pipelines.training.source import Source
@@ -52,7 +53,7 @@ def with_columns(run_uri: str, names: Sequence[str]) -> Callable[[Iterable[Sampl
         known = number_of.get(storage.absolute(url))
         alike = by_name.get(url.rsplit("/", 1)[-1], []) if known is None else [known]
         if len(alike) != 1:
-            raise ValueError(f"shard {url}: {run.uri} holds {'no such shard' if not alike else 'several of that name'}")
+            raise UserError(f"shard {url}: {run.uri} holds {'no such shard' if not alike else 'several of that name'}")
         return alike[0]
 
     def stage(samples: Iterable[Sample]) -> Iterator[Sample]:

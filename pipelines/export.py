@@ -27,6 +27,7 @@ from ops.label_quality import label_quality_of_margin, normalized_margin
 from pipelines.corpus.shards import read_images
 from pipelines.curation.select import write_uids
 from pipelines.runs import column_groups, columns, joins, storage
+from pipelines.runs.errors import UserError
 from pipelines.runs.labels import DECISION
 from pipelines.runs.record import Run
 
@@ -80,7 +81,7 @@ def export(
     """
     started = time.monotonic()
     if subset is not None and not storage.exists(_manifest(run, subset)):
-        raise ValueError(f"--subset {subset}: {run.uri} has none of that name; make it with hardset select")
+        raise UserError(f"{subset}: {run.uri} has none of that name; make it with hardset select", "subset")
     storage.check_writable(out.rpartition("/")[0] if "/" in out else ".")
     if to == "datacomp":
         written = _export_uids(run, out, subset, uid)
@@ -106,7 +107,7 @@ def score_columns(run: Run) -> list[str]:
             keys = {"key", "shard", "row", "label"}
             found += [f"{group}.{name}" for name in column_groups.schema(run.uri, group).names if name not in keys]
     if not found:
-        raise ValueError(f"--run {run.uri}: it has no scores yet; run hardset score, or name --columns")
+        raise UserError(f"{run.uri}: it has no scores yet; run hardset score, or name `columns`", "run")
     return found
 
 
@@ -165,7 +166,7 @@ def shard_tables(run: Run, names: Iterable[str], subset: str | None = None) -> I
 def check_table_name(out: str) -> None:
     """ValueError unless a file name says how a table is to be written."""
     if not out.endswith(TABLE_SUFFIXES):
-        raise ValueError(f"--out {out}: expected a file name that ends in {', '.join(TABLE_SUFFIXES)}")
+        raise UserError(f"{out}: expected a file name that ends in {', '.join(TABLE_SUFFIXES)}", "out")
 
 
 def write_table(tables: Iterable[pa.Table], out: str) -> int:
@@ -179,7 +180,7 @@ def write_table(tables: Iterable[pa.Table], out: str) -> int:
             writer.write_table(without_formulas(table) if out.endswith(".csv") else table)
             rows += table.num_rows
         if writer is None:
-            raise ValueError(f"--out {out}: there is not one shard to export")
+            raise UserError(f"{out}: there is not one shard to export", "out")
     return rows
 
 
@@ -199,7 +200,7 @@ def _open_writer(stream: BinaryIO, schema: pa.Schema, out: str) -> AbstractConte
         return pa.ipc.new_file(stream, schema)
     nested = [field.name for field in schema if pa.types.is_nested(field.type)]
     if nested:
-        raise ValueError(f"--columns {nested[0]}: a CSV file holds no vectors; take .parquet, or --to npy")
+        raise UserError(f"{nested[0]}: a CSV file holds no vectors; take .parquet, or `to` npy", "columns")
     return pcsv.CSVWriter(stream, schema)
 
 
@@ -297,10 +298,10 @@ def _export_arrays(run: Run, out: str, names: Sequence[str], subset: str | None)
 def _vector_columns(table: pa.Table, names: Sequence[str]) -> list[str]:
     found = [name for name in names if pa.types.is_fixed_size_list(table.schema.field(name).type)]
     if not found:
-        raise ValueError(f"--columns {' '.join(names)}: --to npy needs a column of vectors, such as {EMBEDDING}")
+        raise UserError(f"{' '.join(names)}: `to` npy needs a column of vectors, such as {EMBEDDING}", "columns")
     for name in found:
         if table[name].null_count:
-            raise ValueError(f"--columns {name}: {table[name].null_count} samples of a shard have none")
+            raise UserError(f"{name}: {table[name].null_count} samples of a shard have none", "columns")
     return found
 
 
@@ -355,9 +356,9 @@ def _fiftyone_rows(table: pa.Table, paths: Sequence[str], class_names: Sequence[
 def _export_uids(run: Run, out: str, subset: str | None, uid: str) -> dict[str, Any]:
     kind, colon, field = uid.partition(":")
     if subset is None:
-        raise ValueError("--to datacomp: a uid file names chosen samples; add --subset NAME, made with hardset select")
+        raise UserError("datacomp: a uid file names chosen samples; add `subset` NAME, made with hardset select", "to")
     if not out.endswith(".npy"):
-        raise ValueError(f"--out {out}: expected a file name that ends in .npy")
+        raise UserError(f"{out}: expected a file name that ends in .npy", "out")
     if uid == "sha256":
         filesystem, path = storage.open_filesystem(_manifest(run, subset))
         digests = pq.read_table(path, columns=["sha256"], filesystem=filesystem)["sha256"]
@@ -366,9 +367,9 @@ def _export_uids(run: Run, out: str, subset: str | None, uid: str) -> dict[str, 
         tars = storage.list_files(run.path("subsets", subset), ".tar")
         uids = [value for tar in tars for value in _json_uids(tar, field)]
         if len(uids) != num_rows(run, subset):
-            raise ValueError(f"--uid {uid}: {len(uids)} of {num_rows(run, subset)} samples have a json member")
+            raise UserError(f"{uid}: {len(uids)} of {num_rows(run, subset)} samples have a json member", "uid")
     else:
-        raise ValueError(f"--uid {uid}: expected sha256 or json:FIELD")
+        raise UserError(f"{uid}: expected sha256 or json:FIELD", "uid")
     write_uids(out, uids)
     return {"rows": len(uids), "files": [out]}
 
@@ -390,4 +391,4 @@ def _checked_uid(data: bytes, field: str, where: str) -> str:
             return value
     except (ValueError, KeyError, TypeError):
         pass
-    raise ValueError(f"--uid json:{field}: {where} holds no uid of 32 hexadecimal digits under {field!r}")
+    raise UserError(f"json:{field}: {where} holds no uid of 32 hexadecimal digits under {field!r}", "uid")

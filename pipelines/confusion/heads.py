@@ -18,6 +18,7 @@ import torch
 from ops.head_ensemble import HeadEnsemble, HeadEntropies
 from pipelines.confusion.members import Member, Placement, commit_epoch, load_epoch, load_resume, train_members
 from pipelines.runs import cluster, column_groups, columns
+from pipelines.runs.errors import UserError
 from pipelines.runs.record import Run
 from pipelines.training.source import Source
 from pipelines.training.survey import Survey, check_trainable, moments, survey
@@ -38,13 +39,13 @@ class HeadTraining:
     def __post_init__(self) -> None:
         kind, _, size = self.model.partition(":")
         if self.model != "linear" and not (kind == "mlp" and size.isdecimal() and int(size) > 0):
-            raise ValueError(f"--model {self.model}: on embeddings expected linear, or mlp:UNITS such as mlp:256")
+            raise UserError(f"{self.model}: on embeddings expected linear, or mlp:UNITS such as mlp:256", "model")
         if self.batch_size < 1:
-            raise ValueError(f"--batch-size {self.batch_size}: at least 1")
+            raise UserError(f"{self.batch_size}: at least 1", "batch_size")
         if not 0 < self.learning_rate <= 100:
-            raise ValueError(f"--lr {self.learning_rate}: expected a number in (0, 100]")
+            raise UserError(f"{self.learning_rate}: expected a number in (0, 100]", "lr")
         if not 0 <= self.weight_decay <= 100:
-            raise ValueError(f"--weight-decay {self.weight_decay}: expected a number in [0, 100]")
+            raise UserError(f"{self.weight_decay}: expected a number in [0, 100]", "weight_decay")
 
     @property
     def hidden(self) -> int | None:
@@ -100,9 +101,10 @@ def measure(run: Run) -> Corpus:
         If the run has fewer than two classes with a labelled sample.
     """
     if len(run.classes) < 2:
-        raise ValueError(
-            f"--run {run.uri}: {len(run.classes)} classes; the members of the ensemble learn from labels of at least 2. "
-            "Train on a labelled run and give this one as --score-run"
+        raise UserError(
+            f"{run.uri}: {len(run.classes)} classes; the members of the ensemble learn from labels of at least 2. "
+            "Train on a labelled run and give this one as `score_run`",
+            "run",
         )
     run.embedding_facts()
     source = Source.of(run, input="embeddings")

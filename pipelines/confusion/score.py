@@ -20,7 +20,7 @@ import torch
 from pipelines.confusion.members import Member, Placement, report
 from pipelines.curation import percentiles
 from pipelines.runs import cluster, column_groups, columns, storage
-from pipelines.runs.errors import StageFailed
+from pipelines.runs.errors import StageFailed, UserError
 from pipelines.runs.progress import Progress
 from pipelines.runs.record import Run, fingerprint
 from pipelines.runs.tasks import map_actors
@@ -86,7 +86,7 @@ def usable(members: Sequence[Member], epochs: int, commonest: float, drop: bool)
     fatal = {seed: why for seed, why in reasons.items() if why.startswith("loss")}
     if fatal and not drop:
         told = "; ".join(f"seed {seed}: {why}" for seed, why in fatal.items())
-        raise StageFailed(f"confusion: members diverged ({told}); leave them out with --drop-diverged, or lower --lr")
+        raise StageFailed(f"confusion: members diverged ({told}); leave them out with `drop_diverged`, or lower `lr`")
     kept = [m for m in members if not drop or m.seed not in reasons]
     if not kept:
         raise StageFailed(f"confusion: all {len(members)} members diverged: {'; '.join(reasons.values())}")
@@ -97,9 +97,10 @@ def check_same_encoder(run: Run, other: Run) -> None:
     """ValueError unless heads trained on one run's embeddings understand the other's."""
     ours, theirs = run.config, other.config
     if not ours.same_embedding(theirs):
-        raise ValueError(
-            f"--score-run {other.uri}: embedded with {theirs.encoder!r}, the members learnt from {ours.encoder!r} "
-            f"embeddings of {run.uri}; embed it with the same encoder, or take --input images"
+        raise UserError(
+            f"{other.uri}: embedded with {theirs.encoder!r}, the members learnt from {ours.encoder!r} "
+            f"embeddings of {run.uri}; embed it with the same encoder, or take `input` images",
+            "score_run",
         )
 
 

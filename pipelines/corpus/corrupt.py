@@ -25,6 +25,7 @@ from pipelines.corpus.samples import IMAGE_SUFFIXES, LabelSource, SampleNumberin
 from pipelines.corpus.shards import read_shard
 from pipelines.corpus.tarstream import ByteStream, TarDamage, TarStream
 from pipelines.runs import storage
+from pipelines.runs.errors import UserError
 from pipelines.runs.progress import Progress
 from pipelines.runs.record import Shard, fingerprint
 from pipelines.runs.tasks import in_order
@@ -63,7 +64,7 @@ def named_kinds(words: Sequence[str]) -> tuple[str, ...]:
         elif word in CORRUPTIONS:
             found.append(word)
         else:
-            raise ValueError(f"--kinds {word}: expected all, {', '.join(FAMILIES)}, or one of {', '.join(CORRUPTIONS)}")
+            raise UserError(f"{word}: expected all, {', '.join(FAMILIES)}, or one of {', '.join(CORRUPTIONS)}", "kinds")
     return tuple(dict.fromkeys(found))
 
 
@@ -96,9 +97,9 @@ def corrupt_shards(
     kinds = named_kinds(kinds)
     for severity in severities:
         if severity not in SEVERITIES:
-            raise ValueError(f"--severities {severity}: expected whole numbers from 1 to 5")
+            raise UserError(f"{severity}: expected whole numbers from 1 to 5", "severities")
     if not kinds or not severities:
-        raise ValueError("--kinds and --severities: at least one of each")
+        raise UserError("at least one of each, `kinds` and `severities`")
     storage.check_writable(out)
     started = time.monotonic()
     corruptions = [Corruption(kind, severity, seed) for kind in kinds for severity in dict.fromkeys(severities)]

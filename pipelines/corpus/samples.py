@@ -355,7 +355,7 @@ class _Pick:
     def _unfit(self, member: Member) -> str | None:
         if len(self.names) > 1:
             first, second = (printable(name) for name in self.names[:2])
-            option = "--image" if self.what == "image" else "--label-member"
+            option = "image" if self.what == "image" else "label_member"
             return f"two {self.what} members, {first} and {second} ({option} SUFFIX says which)"
         if member.kind != "file":
             return "link: never followed" if member.kind == "link" else "not a regular file (device, pipe or sparse)"

@@ -230,7 +230,7 @@ def _sum_seconds(entries: list[dict[str, float]]) -> dict[str, float]:
 def _too_many_bad(left_out: int, rows: int, limit: float) -> None:
     raise StageFailed(
         f"{left_out} of {left_out + rows} samples are in quarantine, a fraction of {left_out / (left_out + rows):.4f}, "
-        f"more than --max-bad-fraction {limit}; finished shards are kept, and hardset inspect lists the reasons"
+        f"more than `max_bad_fraction` {limit}; finished shards are kept, and hardset inspect lists the reasons"
     )
 
 

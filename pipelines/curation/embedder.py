@@ -19,6 +19,7 @@ from ops.encoders import Encoder, load_encoder
 from ops.images import augment
 from pipelines.curation.workers import DECODERS, STEPS, Resources
 from pipelines.runs import columns
+from pipelines.runs.errors import concerning
 from pipelines.runs.record import CorpusConfig
 
 PIXELS_AT_ONCE = 1 << 26  # of decoded pictures per thread: 192 MiB
@@ -31,7 +32,8 @@ class EmbedImages:
         # One intra-op thread per actor on a CPU: two actors of one thread each beat one actor of two.
         torch.set_num_threads(max(1, int(resources.cpus_per_worker)))
         self.config, self.device, self.batch_size = config, resources.device, resources.batch_size
-        self.encoder: Encoder = load_encoder(config.encoder, l2=config.normalize).to(resources.device)
+        with concerning("encoder"):
+            self.encoder: Encoder = load_encoder(config.encoder, l2=config.normalize).to(resources.device)
         self.decoders = ThreadPoolExecutor(DECODERS[resources.device])
 
     def __call__(self, table: pa.Table) -> pa.Table:

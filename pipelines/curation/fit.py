@@ -16,6 +16,7 @@ from ops.difficulty import Reference
 from ops.gaussian import Gaussians, GaussianStats
 from pipelines.curation import percentiles
 from pipelines.runs import column_groups, columns, storage
+from pipelines.runs.errors import UserError, concerning
 from pipelines.runs.progress import Progress
 from pipelines.runs.record import CorpusConfig, Run, fingerprint
 from pipelines.runs.tasks import in_order, merged_parts
@@ -97,7 +98,7 @@ def fit(run: Run, shrinkage: str | float = "auto", device: str = "cpu") -> dict:
     facts = run.embedding_facts()
     run.settle_classes(facts)
     if not any(f["rows"] for f in facts):
-        raise ValueError(f"--run {run.uri}: it holds no embedding, all samples are in quarantine; nothing to fit")
+        raise UserError(f"{run.uri}: it holds no embedding, all samples are in quarantine; nothing to fit", "run")
     embeddings = fingerprint([f["source"] for f in facts])
     source = fingerprint("gaussians", embeddings, str(shrinkage))
     before = run.stage("fit")
@@ -116,7 +117,9 @@ def fit(run: Run, shrinkage: str | float = "auto", device: str = "cpu") -> dict:
         progress.shard(part.count // views, shards=done)
     expected = sum(f["rows"] for f in facts) * views
     assert stats.count == expected, f"fit counted {stats.count} embeddings of {expected}"
-    gaussians = dataclasses.replace(stats.fit(shrinkage), class_names=tuple(run.classes))
+    with concerning("shrinkage"):
+        fitted = stats.fit(shrinkage)
+    gaussians = dataclasses.replace(fitted, class_names=tuple(run.classes))
     if num_classes:
         sums = ReferenceSums()
         _ready(gaussians)
@@ -155,25 +158,27 @@ def adopt(run: Run, other: Run) -> dict:
 def check_adoptable(config: CorpusConfig, other: Run) -> None:
     """ValueError unless the other run has Gaussians of this config's encoder; costs no look at any embeddings."""
     if not config.same_embedding(other.config):
-        raise ValueError(
-            f"--gaussians {other.uri}: fitted on encoder {other.config.encoder!r}, this run uses {config.encoder!r}; "
-            "distances need the same encoder"
+        raise UserError(
+            f"{other.uri}: fitted on encoder {other.config.encoder!r}, this run uses {config.encoder!r}; "
+            "distances need the same encoder",
+            "gaussians",
         )
     if other.stage("fit") is None or not storage.exists(other.path(GAUSSIANS)):
-        raise ValueError(f"--gaussians {other.uri}: no {GAUSSIANS} there; run hardset fit on it first")
+        raise UserError(f"{other.uri}: no {GAUSSIANS} there; run hardset fit on it first", "gaussians")
 
 
 def _refuse_unknown_classes(run: Run, gaussians: Gaussians, other: Run) -> None:
     names = run.config.class_names
     if names is not None and other.config.class_names is not None and names != other.config.class_names[: len(names)]:
-        raise ValueError(f"--gaussians {other.uri}: its class names are not this run's")
+        raise UserError(f"{other.uri}: its class names are not this run's", "gaussians")
     known = set(np.flatnonzero(gaussians.counts > 0).tolist())
     for labels in in_order(_labels_of_shard, [(shard,) for shard in range(len(run.shards))], run.uri):
         for label in sorted(labels - known - {-1}):
             name = names[label] if names else str(label)
-            raise ValueError(
-                f"--gaussians {other.uri}: class {name!r} (label {label}) is unknown there, it has {len(known)} classes; "
-                "fit on shards that hold it, or leave its samples out"
+            raise UserError(
+                f"{other.uri}: class {name!r} (label {label}) is unknown there, it has {len(known)} classes; "
+                "fit on shards that hold it, or leave its samples out",
+                "gaussians",
             )
 
 
@@ -200,8 +205,9 @@ def load_gaussians(run: Run) -> Gaussians:
     try:
         return _ready(Gaussians.load(io.BytesIO(storage.read_bytes(run.path(GAUSSIANS)))))
     except (FileNotFoundError, EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:
-        raise ValueError(
-            f"--run {run.uri}: {GAUSSIANS} cannot be read ({type(error).__name__}); delete it and run hardset fit first"
+        raise UserError(
+            f"{run.uri}: {GAUSSIANS} cannot be read ({type(error).__name__}); delete it and run hardset fit first",
+            "run",
         ) from None
 
 

@@ -63,15 +63,13 @@ class Rule:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        columns.split_name(self.by, "--by")
+        columns.split_name(self.by, "by")
         if self.count <= 0 or (isinstance(self.count, float) and self.count > 1):
-            raise ValueError(
-                f"count {self.count}: expected a fraction in (0, 1], a float, or a whole number of samples"
-            )
+            raise UserError(f"count {self.count}: expected a fraction in (0, 1], a float, or a whole number of samples")
         if self.random and self.stratify:
-            raise UserError("and --stratify, which draws at random already: one of them", "random")
+            raise UserError("it has no meaning beside `stratify`, which draws at random already", "random")
         if self.stratify:
-            columns.split_name(self.stratify[0], "--stratify")
+            columns.split_name(self.stratify[0], "stratify")
             if not 1 <= self.stratify[1] <= MOST_INTERVALS:
                 raise UserError(f"{self.stratify[1]}: expected 1 to {MOST_INTERVALS:,} intervals", "stratify")
 
@@ -188,9 +186,9 @@ def _finite(column: pa.ChunkedArray) -> np.ndarray:
 
 
 def _check_columns(run: Run, rule: Rule) -> None:
-    asked = [(rule.by, "--by"), *([(rule.stratify[0], "--stratify")] if rule.stratify else [])]
-    for column, option in asked:
-        column_groups.check_score(run.uri, len(run.shards), column, option)
+    asked = [(rule.by, "by"), *([(rule.stratify[0], "stratify")] if rule.stratify else [])]
+    for column, field in asked:
+        column_groups.check_score(run.uri, len(run.shards), column, field)
         column_groups.check_group_fresh(columns.split_name(column)[0], run.embedding_facts(), run.uri)
     for name in rule.exclude:
         subsets.check_subset(run, name, "exclude")

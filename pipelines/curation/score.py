@@ -14,6 +14,7 @@ from ops.gaussian import Gaussians
 from pipelines.curation import percentiles
 from pipelines.curation.fit import load_gaussians
 from pipelines.runs import column_groups, columns, storage
+from pipelines.runs.errors import UserError
 from pipelines.runs.record import Run, fingerprint
 from pipelines.runs.tasks import in_order, write_shards
 from pipelines.summary import group_summary
@@ -119,7 +120,7 @@ def kmeans_centers(run: Run, k: int, seed: int = 0) -> np.ndarray:
         return np.load(io.BytesIO(storage.read_bytes(run.path(KMEANS_FILE))), allow_pickle=False)["centers"]
     rows = sum(f["rows"] for f in facts)
     if k > rows:
-        raise ValueError(f"--kmeans {k}: more centres than the {rows} embeddings")
+        raise UserError(f"{k}: more centres than the {rows} embeddings", "kmeans")
     step = -(-rows // KMEANS_ROWS)
     offsets = np.cumsum([0, *(f["rows"] for f in facts)])[:-1]
     shards = [(shard, int(-offset % step)) for shard, offset in enumerate(offsets)]
@@ -180,11 +181,12 @@ def _sources(run: Run, weighting: Weighting, centers: np.ndarray | None, facts: 
     """What each shard's scores are made from. ValueError if the Gaussians are missing or of other embeddings."""
     fitted = run.stage("fit")
     if fitted is None:
-        raise ValueError(
-            f"--run {run.uri}: no Gaussians yet; run hardset fit first, or score with --gaussians of another run"
+        raise UserError(
+            f"{run.uri}: no Gaussians yet; run hardset fit first, or score with `gaussians` of another run",
+            "run",
         )
     if "from" not in fitted and fitted["embeddings"] != fingerprint([f["source"] for f in facts]):
-        raise ValueError(f"--run {run.uri}: embeddings changed since the Gaussians were fitted; run hardset fit first")
+        raise UserError(f"{run.uri}: embeddings changed since the Gaussians were fitted; run hardset fit first", "run")
     kmeans = None if centers is None else fingerprint(centers.tolist())
     how = (fitted["source"], dataclasses.asdict(weighting), kmeans, columns.DIFFICULTY_SCHEMA.names)
     return [fingerprint(columns.DIFFICULTY, f["source"], *how) for f in facts]

@@ -90,9 +90,9 @@ def select(run: Run, rule: Rule, name: str = "hard", samples_per_shard: int = 10
         For a column, a condition or a subset that is not there, a name that is no plain folder name; `NothingPasses`
         where no sample is left.
     """
-    columns.check_name("--name", name)
+    columns.check_name("name", name)
     if name in rule.exclude:
-        raise UserError(f"{name}: a subset cannot leave out its own samples; give this one another --name", "exclude")
+        raise UserError(f"{name}: a subset cannot leave out its own samples; give this one another `name`", "exclude")
     pool = Pool.of(run, rule)
     source = fingerprint("subset", rule.told(), rules.sources_of(run, pool), samples_per_shard)
     path = subsets.folder_of(run.uri, name)

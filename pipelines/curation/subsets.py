@@ -55,7 +55,7 @@ def facts_of(run_uri: str, name: str) -> dict[str, Any] | None:
 
 def check_subset(run: Run, name: str, field: str) -> dict[str, Any]:
     """The facts of a subset. UserError, which names the option's `field`, where the run has none of that name."""
-    columns.check_name(f"--{field}", name)
+    columns.check_name(field, name)
     facts = facts_of(run.uri, name)
     if facts is None:
         there = [other for other in storage.list_folders(run.path("subsets")) if facts_of(run.uri, other)]

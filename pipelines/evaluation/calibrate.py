@@ -11,6 +11,7 @@ from ops.calibration import MetaCalibration, TemperatureScaling, calibrator_from
 from ops.models import Classifier
 from pipelines.evaluation.outcomes import Calibrator, PredictionSet, held_out_logits
 from pipelines.runs import column_groups, storage
+from pipelines.runs.errors import UserError
 from pipelines.runs.record import Run
 from pipelines.training.checkpoints import annotate_classifier, read_classifier
 
@@ -28,12 +29,13 @@ class MetaTargets:
 def split_shards(predictions: PredictionSet, fraction: float, seed: int) -> tuple[PredictionSet, PredictionSet]:
     """A random part of the shards to fit on (at least one), and the rest to evaluate on (at least one)."""
     if not 0 < fraction < 1:
-        raise ValueError(f"--calibration-shards {fraction}: expected a fraction of the shards, in (0, 1)")
+        raise UserError(f"{fraction}: expected a fraction of the shards, in (0, 1)", "calibration_shards")
     count = len(predictions.shards)
     if count < 2:
-        raise ValueError(
-            f"--calibration-shards: {predictions.run_uri} has one shard, which cannot be split; fit on another run's "
-            "predictions of the same name with --calibration-run, or write smaller shards"
+        raise UserError(
+            f"{predictions.run_uri} has one shard, which cannot be split; fit on another run's "
+            "predictions of the same name with `calibration_run`, or write smaller shards",
+            "calibration_shards",
         )
     taken = min(count - 1, max(1, round(fraction * count)))
     chosen = set(np.random.default_rng(seed).permutation(count)[:taken].tolist())
@@ -50,7 +52,7 @@ def fit_calibrator(method: str, predictions: PredictionSet, targets: MetaTargets
     try:
         return calibrator.fit(logits, labels)
     except ValueError as error:
-        raise ValueError(f"--calibrate {method}: {predictions.name}: {error}") from None
+        raise UserError(f"{method}: {predictions.name}: {error}", "calibrate") from None
 
 
 def _new(method: str, targets: MetaTargets, seed: int) -> Calibrator:
@@ -60,7 +62,7 @@ def _new(method: str, targets: MetaTargets, seed: int) -> Calibrator:
         return MetaCalibration("misclassification", alpha=targets.alpha, seed=seed)
     if method == "meta_accuracy":
         return MetaCalibration("accuracy", accuracy=targets.accuracy, seed=seed)
-    raise ValueError(f"--calibrate {method}: expected one of {', '.join(METHODS)}")
+    raise UserError(f"{method}: expected one of {', '.join(METHODS)}", "calibrate")
 
 
 def applied_calibration(run: Run, predictions: PredictionSet) -> str | None:

@@ -11,6 +11,7 @@ from scipy.stats import kendalltau, pearsonr, spearmanr
 from ops.checks import UndefinedMetricError
 from ops.correlation import ErrorBands, error_bands, error_correlation
 from pipelines.runs import column_groups, columns, joins
+from pipelines.runs.errors import UserError
 from pipelines.runs.record import Run
 
 TOP = 0.1  # the share of the highest scores whose overlap is told
@@ -45,9 +46,10 @@ def compare_columns(run: Run, other: Run, column: str, other_column: str | None 
     first, second = scored_keys(run, column), scored_keys(other, other_column or column)
     left, right, ambiguous = match(first, second)
     if len(left) < 2:
-        raise ValueError(
-            f"--column {column}: {len(left)} samples of {run.uri} ({len(first):,}) and {other.uri} ({len(second):,}) "
-            "have a key in common; compare runs over the same images"
+        raise UserError(
+            f"{column}: {len(left)} samples of {run.uri} ({len(first):,}) and {other.uri} ({len(second):,}) "
+            "have a key in common; compare runs over the same images",
+            "column",
         )
     x, y = (table["score"].to_numpy()[rows] for table, rows in ((first, left), (second, right)))
     counts = {
@@ -81,7 +83,7 @@ def top_overlap(x: np.ndarray, y: np.ndarray, share: float = TOP) -> float:
 
 def scored_keys(run: Run, column: str) -> pa.Table:
     """url, key, score (float64) of a run's samples that have a finite score, in shard order."""
-    column_groups.check_score(run.uri, len(run.shards), column, "--column")
+    column_groups.check_score(run.uri, len(run.shards), column, "column")
     group, name = columns.split_name(column)
     parts = [_shard_scores(run, shard, url, group, name) for shard, url in _shards(run)]
     return pa.concat_tables(parts)
@@ -159,7 +161,7 @@ def error_curve(run: Run, column: str, predictions: str, bands: int = 10) -> dic
     table = pa.concat_tables([joins.join(run.uri, shard, wanted) for shard in range(len(run.shards))])
     table = table.select(wanted).filter(pc.is_finite(table[column].cast(pa.float64())).fill_null(False)).drop_null()
     if not len(table):
-        raise ValueError(f"--predictions {predictions}: no sample of {run.uri} has a label, a prediction and {column}")
+        raise UserError(f"{predictions}: no sample of {run.uri} has a label, a prediction and {column}", "predictions")
     wrong = pc.not_equal(table[f"{group}.prediction"], table[f"{group}.label"]).to_numpy()
     return describe_errors(table[column].to_numpy().astype(np.float64), wrong, bands)
 

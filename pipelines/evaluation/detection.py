@@ -25,6 +25,7 @@ from pipelines.evaluation.evaluate import (
 )
 from pipelines.evaluation.outcomes import PredictionSet, check_rows, load_outcomes, shard_logits
 from pipelines.runs import column_groups, columns, storage
+from pipelines.runs.errors import UserError
 from pipelines.runs.record import Run
 from pipelines.runs.tasks import in_order
 
@@ -39,13 +40,14 @@ def trust_schema() -> pa.Schema:
 
 def trust_facts(run: Run, name: str) -> dict[str, Any]:
     """What a trust set says of itself; ValueError where shards lack it. Empty for one not written by hardset."""
-    columns.check_name("--trust", name)
+    columns.check_name("trust", name)
     group = f"{TRUST}/{name}"
     missing = column_groups.missing(run.uri, group, len(run.shards))
     if missing:
-        raise ValueError(
-            f"--trust {name}: {run.uri} has no {group} for {len(missing)} of its {len(run.shards)} shards; "
-            f"run hardset trust --name {name}"
+        raise UserError(
+            f"{name}: {run.uri} has no {group} for {len(missing)} of its {len(run.shards)} shards; "
+            f"run hardset trust `name` {name}",
+            "trust",
         )
     column_groups.check_group_fresh(group, run.embedding_facts(), run.uri)
     return column_groups.facts(run.uri, group, 0) or {}
@@ -121,10 +123,10 @@ def _trust_values(run: Run, name: str, shards: Sequence[int]) -> np.ndarray:
 def _shard_trust(shard: int, run_uri: str, name: str) -> np.ndarray:
     truth = column_groups.read(run_uri, columns.EMBEDDINGS, shard, ["row", "label"])
     found = column_groups.read(run_uri, f"{TRUST}/{name}", shard, ["row", "trust"])
-    check_rows(f"--trust {name}", shard, truth["row"].to_numpy(), found["row"].to_numpy())
+    check_rows("trust", name, shard, truth["row"].to_numpy(), found["row"].to_numpy())
     z = found["trust"].cast(pa.float64()).fill_null(np.nan).to_numpy()
     if np.isnan(z).any():
-        raise ValueError(f"--trust {name}: shard {shard}: {int(np.isnan(z).sum())} of {len(z)} values are NaN or null")
+        raise UserError(f"{name}: shard {shard}: {int(np.isnan(z).sum())} of {len(z)} values are NaN or null", "trust")
     return z[columns.labels_or_minus_one(truth["label"]) >= 0]
 
 
@@ -152,9 +154,10 @@ def out_of_distribution(
         Why a score is left out.
     """
     if predictions.num_classes != others.num_classes:
-        raise ValueError(
-            f"--ood {other.uri}: its predictions {others.name} have {others.num_classes} classes, those of {run.uri} "
-            f"{predictions.num_classes}: not of one classifier"
+        raise UserError(
+            f"{other.uri}: its predictions {others.name} have {others.num_classes} classes, those of {run.uri} "
+            f"{predictions.num_classes}: not of one classifier",
+            "ood",
         )
     inside, outside = _confidences(predictions), _confidences(others)
     notes = [reason] if (reason := _no_rmd(run, other)) else []
@@ -178,7 +181,7 @@ def _detection(values: np.ndarray, is_inside: np.ndarray, replicates: int, seed:
 
 def _no_rmd(run: Run, other: Run) -> str | None:
     if not storage.exists(run.path(GAUSSIANS)) or not run.stage("fit")["classes"]:
-        return f"no rmd: {run.uri} has no class Gaussians; run hardset fit, or score it with --gaussians"
+        return f"no rmd: {run.uri} has no class Gaussians; run hardset fit, or score it with another run's Gaussians"
     if not run.config.same_embedding(other.config):
         return f"no rmd: {run.uri} and {other.uri} were embedded by different encoders"
     return None

@@ -34,6 +34,7 @@ from pipelines.evaluation.outcomes import (
     load_outcomes,
 )
 from pipelines.runs import column_groups, columns, storage
+from pipelines.runs.errors import UserError
 from pipelines.runs.record import Run
 from pipelines.runs.tasks import in_order
 from pipelines.training.groups import GroupRule
@@ -75,8 +76,8 @@ class Slicing:
             rule = GroupRule.parse(text) if ":" in text else None
             column = text if rule is None else rule.column
             columns.split_name(column)
-        except ValueError as error:
-            raise ValueError(f"--groups {text}: {str(error).removeprefix(f'--groups {text}: ')}") from None
+        except UserError as error:
+            raise UserError(f"{text}: {error.message.removeprefix(f'{text}: ')}", "groups") from None
         return cls(column, rule)
 
     def resolve(self, run: Run) -> "Slicing":
@@ -91,8 +92,9 @@ class Slicing:
             return {name: there & (group == number) for number, name in enumerate(self.rule.names())}
         found = np.unique(values[there])
         if len(found) > 1000:
-            raise ValueError(
-                f"--groups {self.column}: {len(found)} different values; give edges, {self.column}:EDGE,EDGE"
+            raise UserError(
+                f"{self.column}: {len(found)} different values; give edges, {self.column}:EDGE,EDGE",
+                "groups",
             )
         name = columns.split_name(self.column)[1]
         return {f"{name} = {value:g}": values == value for value in found}

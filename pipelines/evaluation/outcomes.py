@@ -15,6 +15,7 @@ from scipy.special import log_softmax, softmax
 from ops.calibration import MetaCalibration, TemperatureScaling, reliability_curve
 from ops.selective import CONFIDENCES, confidence
 from pipelines.runs import column_groups, columns, joins, storage
+from pipelines.runs.errors import UserError
 from pipelines.runs.record import Run
 from pipelines.runs.tasks import in_order
 
@@ -57,28 +58,29 @@ def open_predictions(run: Run, name: str) -> PredictionSet:
     ValueError
         With what is missing, or the class counts that differ.
     """
-    columns.check_name("--predictions", name)
+    columns.check_name("predictions", name)
     shards = range(len(run.shards))
     missing = column_groups.missing(run.uri, f"{PREDICTIONS}/{name}", len(shards))
     if missing:
         have = sorted({path.split("/")[-2] for path in storage.list_files(run.path(PREDICTIONS), ".parquet")})
-        raise ValueError(
-            f"--predictions {name}: {run.uri} has no predictions/{name} for {len(missing)} of its {len(shards)} shards "
-            f"(first: {missing[0]}); run hardset predict --name {name}{', or take one of ' + ', '.join(have) if have else ''}"
+        raise UserError(
+            f"{name}: {run.uri} has no predictions/{name} for {len(missing)} of its {len(shards)} shards "
+            f"(first: {missing[0]}); run hardset predict `name` {name}{', or take one of ' + ', '.join(have) if have else ''}",
+            "predictions",
         )
     column_groups.check_group_fresh(f"{PREDICTIONS}/{name}", run.embedding_facts(), run.uri)
     with ThreadPoolExecutor(column_groups.FOOTER_THREADS) as pool:
         found = pool.map(lambda shard: _width(run, name, shard), shards)
         widths = {width: shard for shard, width in zip(shards, found) if width is not None}
     if not widths:
-        raise ValueError(f"--predictions {name}: it has no rows")
+        raise UserError(f"{name}: it has no rows", "predictions")
     if len(widths) > 1:
         found = ", ".join(f"{width} (shard {shard})" for width, shard in widths.items())
-        raise ValueError(f"--predictions {name}: logits of different class counts: {found}; predict again")
+        raise UserError(f"{name}: logits of different class counts: {found}; predict again", "predictions")
     num_classes = next(iter(widths))
     named = run.config.class_names
     if named is not None and num_classes != len(named):
-        raise ValueError(f"--predictions {name}: logits of {num_classes} classes, the run names {len(named)}")
+        raise UserError(f"{name}: logits of {num_classes} classes, the run names {len(named)}", "predictions")
     return PredictionSet(run.uri, name, num_classes, tuple(shards))
 
 
@@ -88,13 +90,14 @@ def _width(run: Run, name: str, shard: int) -> int | None:
     schema = column_groups.schema(run.uri, group, shard)
     for needed in ("row", "logits"):
         if needed not in schema.names:
-            raise ValueError(f"--predictions {name}: shard {shard} has no column {needed!r}, it has {schema.names}")
+            raise UserError(f"{name}: shard {shard} has no column {needed!r}, it has {schema.names}", "predictions")
     kind = schema.field("logits").type
     if pa.types.is_fixed_size_list(kind):
         return kind.list_size
     if not (pa.types.is_list(kind) or pa.types.is_large_list(kind)):
-        raise ValueError(
-            f"--predictions {name}: logits of shard {shard} are {kind}, expected fixed_size_list<float>[K]"
+        raise UserError(
+            f"{name}: logits of shard {shard} are {kind}, expected fixed_size_list<float>[K]",
+            "predictions",
         )
     # As pandas writes them: lists of one length.
     first = column_groups.read(run.uri, group, shard, ["logits"])["logits"].drop_null().slice(0, 1)
@@ -133,8 +136,9 @@ def load_outcomes(
     items = [(shard,) for shard in predictions.shards]
     parts = list(in_order(shard_outcomes, items, predictions, calibrator, tuple(dict.fromkeys(extras))))
     if not sum(len(part) for part in parts):
-        raise ValueError(
-            f"--predictions {predictions.name}: no sample of {predictions.run_uri} has a label to compare with"
+        raise UserError(
+            f"{predictions.name}: no sample of {predictions.run_uri} has a label to compare with",
+            "predictions",
         )
     return merged(parts)
 
@@ -200,9 +204,10 @@ def labelled_logits(
     """Logits (n, K) of a shard's samples, calibrated if a calibrator is given, and their labels, -1 where none."""
     logits, labels = shard_logits(predictions, shard)
     if len(labels) and labels.max() >= predictions.num_classes:
-        raise ValueError(
-            f"--predictions {predictions.name}: logits of {predictions.num_classes} classes, but shard {shard} has the "
-            f"label {labels.max()}; predict with a classifier of this run's classes"
+        raise UserError(
+            f"{predictions.name}: logits of {predictions.num_classes} classes, but shard {shard} has the "
+            f"label {labels.max()}; predict with a classifier of this run's classes",
+            "predictions",
         )
     return calibrated(logits, calibrator), labels
 
@@ -212,7 +217,7 @@ def shard_logits(predictions: PredictionSet, shard: int) -> tuple[np.ndarray, np
     truth = column_groups.read(predictions.run_uri, columns.EMBEDDINGS, shard, ["row", "label"])
     found = _read_logits(predictions, shard)
     rows = truth["row"].to_numpy()
-    check_rows(f"--predictions {predictions.name}", shard, rows, found["row"].to_numpy())
+    check_rows("predictions", predictions.name, shard, rows, found["row"].to_numpy())
     logits = columns.vectors(found["logits"])
     _check_finite(predictions, shard, rows, logits)
     return logits, columns.labels_or_minus_one(truth["label"])
@@ -222,9 +227,10 @@ def _read_logits(predictions: PredictionSet, shard: int) -> pa.Table:
     try:
         found = column_groups.read(predictions.run_uri, predictions.group, shard, ["row", "logits"])
     except OSError as error:  # what reading a null of a fixed-size list ends in, too
-        raise ValueError(
-            f"--predictions {predictions.name}: shard {shard}: cannot be read, its logits are null somewhere or the "
-            f"file is damaged ({error})"
+        raise UserError(
+            f"{predictions.name}: shard {shard}: cannot be read, its logits are null somewhere or the "
+            f"file is damaged ({error})",
+            "predictions",
         ) from None
     return found.set_column(1, "logits", _fixed(predictions, shard, found["logits"]))
 
@@ -235,14 +241,15 @@ def _fixed(predictions: PredictionSet, shard: int, lists: pa.ChunkedArray) -> pa
     bad = pa.compute.not_equal(lengths, predictions.num_classes).fill_null(True)
     if pa.compute.any(bad).as_py():
         row = pa.compute.index(bad, True).as_py()
-        raise ValueError(
-            f"--predictions {predictions.name}: shard {shard}: sample {row} has {lengths[row].as_py() or 'no'} logits, others "
-            f"{predictions.num_classes}; predict again"
+        raise UserError(
+            f"{predictions.name}: shard {shard}: sample {row} has {lengths[row].as_py() or 'no'} logits, others "
+            f"{predictions.num_classes}; predict again",
+            "predictions",
         )
     return lists.cast(pa.list_(pa.float32(), predictions.num_classes))
 
 
-def check_rows(subject: str, shard: int, expected: np.ndarray, found: np.ndarray) -> None:
+def check_rows(field: str, name: str, shard: int, expected: np.ndarray, found: np.ndarray) -> None:
     """A column group must hold exactly the run's rows of a shard, in order; ValueError says what differs."""
     if np.array_equal(expected, found):
         return
@@ -253,16 +260,17 @@ def check_rows(subject: str, shard: int, expected: np.ndarray, found: np.ndarray
         what = f"{len(foreign)} rows are of no sample of the run (first: row {foreign[0]})"
     else:
         what = f"{len(found)} rows for {len(expected)} samples, repeated or not in shard order"
-    raise ValueError(f"{subject}: shard {shard}: {what}; make it again")
+    raise UserError(f"{name}: shard {shard}: {what}; make it again", field)
 
 
 def _check_finite(predictions: PredictionSet, shard: int, rows: np.ndarray, logits: np.ndarray) -> None:
     bad = ~np.isfinite(logits).all(axis=1)
     if bad.any():
         kind = "NaN" if np.isnan(logits[bad]).any() else "infinite"
-        raise ValueError(
-            f"--predictions {predictions.name}: shard {shard}: {int(bad.sum())} of {len(bad)} rows have {kind} logits "
-            f"(first: row {rows[bad][0]}); the classifier diverged there, train or predict again"
+        raise UserError(
+            f"{predictions.name}: shard {shard}: {int(bad.sum())} of {len(bad)} rows have {kind} logits "
+            f"(first: row {rows[bad][0]}); the classifier diverged there, train or predict again",
+            "predictions",
         )
 
 
@@ -279,7 +287,7 @@ def held_out_logits(predictions: PredictionSet) -> tuple[np.ndarray, np.ndarray]
     parts = list(in_order(_labelled_only, [(shard,) for shard in predictions.shards], predictions))
     logits, labels = (np.concatenate(arrays) for arrays in zip(*parts))
     if not len(labels):
-        raise ValueError(f"--predictions {predictions.name}: no label among the samples held out for calibration")
+        raise UserError(f"{predictions.name}: no label among the samples held out for calibration", "predictions")
     return logits, labels
 
 

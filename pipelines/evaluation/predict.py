@@ -18,7 +18,7 @@ from pipelines.corpus.shards import iter_images
 from pipelines.evaluation.calibrate import calibrator_of, classifier_digest
 from pipelines.evaluation.outcomes import PREDICTIONS, Calibrator, calibrated, predictions_schema
 from pipelines.runs import column_groups, columns
-from pipelines.runs.errors import StageFailed
+from pipelines.runs.errors import StageFailed, UserError
 from pipelines.runs.record import Run, Shard, fingerprint
 from pipelines.runs.tasks import write_shards
 from pipelines.training.decode import PictureDecoder
@@ -40,20 +40,22 @@ class Inputs(NamedTuple):
     rows: np.ndarray
 
 
-def check_fits(run: Run, model: Classifier, option: str = "--checkpoint") -> None:
+def check_fits(run: Run, model: Classifier, field: str = "checkpoint") -> None:
     """A classifier on embeddings needs those of its own encoder; ValueError otherwise."""
     spec = model.spec
     if spec.input != "embeddings":
         return
     if spec.width != run.config.width:
-        raise ValueError(
-            f"{option}: takes embeddings of width {spec.width} ({spec.encoder}), {run.uri} has {run.config.width} "
-            f"({run.config.encoder})"
+        raise UserError(
+            f"takes embeddings of width {spec.width} ({spec.encoder}), {run.uri} has {run.config.width} "
+            f"({run.config.encoder})",
+            field,
         )
     if spec.encoder_fingerprint not in (None, run.config.encoder_fingerprint):
-        raise ValueError(
-            f"{option}: trained on embeddings of {spec.encoder}, {run.uri} was made with {run.config.encoder} "
-            "(other weights); embed the shards with the first"
+        raise UserError(
+            f"trained on embeddings of {spec.encoder}, {run.uri} was made with {run.config.encoder} "
+            "(other weights); embed the shards with the first",
+            field,
         )
 
 
@@ -86,7 +88,7 @@ def predict(
     StageFailed
         If a shard no longer holds the samples that were embedded.
     """
-    columns.check_name("--name", name)
+    columns.check_name("name", name)
     check_fits(run, model)
     started = time.monotonic()
     forward = forward or Forward(max_pixels=run.config.max_pixels)

@@ -18,6 +18,7 @@ from pipelines.evaluation.calibrate import (
 from pipelines.evaluation.evaluate import EVALUATION, Evaluation, Slicing, evaluate, store
 from pipelines.evaluation.outcomes import Calibrator, PredictionSet, open_predictions
 from pipelines.runs import column_groups, storage
+from pipelines.runs.errors import UserError
 from pipelines.runs.record import Run
 
 
@@ -36,9 +37,9 @@ class Question:
 
     def __post_init__(self) -> None:
         if not self.predictions:
-            raise ValueError("--predictions: which? name at least one prediction set of the run")
+            raise UserError("which? name at least one prediction set of the run", "predictions")
         if self.bootstrap < 0:
-            raise ValueError(f"--bootstrap {self.bootstrap}: a number of resamples, 0 or more")
+            raise UserError(f"{self.bootstrap}: a number of resamples, 0 or more", "bootstrap")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,8 +110,9 @@ def _watched(run: Run, trust: str, sets: dict[str, PredictionSet]) -> str:
         theirs = column_groups.facts(run.uri, predictions.group, 0) or {}
         if facts.get("checkpoint_digest") and theirs.get("checkpoint_digest") == facts["checkpoint_digest"]:
             return name
-    raise ValueError(
-        f"--trust {trust}: none of the predictions {', '.join(sets)} is known to be its classifier's; give that one alone"
+    raise UserError(
+        f"{trust}: none of the predictions {', '.join(sets)} is known to be its classifier's; give that one alone",
+        "trust",
     )
 
 
@@ -123,9 +125,10 @@ def _variants(
         return
     before = applied_calibration(run, predictions)
     if before:
-        raise ValueError(
-            f"--calibrate: predictions {predictions.name} are calibrated already ({before}); make them again with "
-            "hardset predict --raw"
+        raise UserError(
+            f"predictions {predictions.name} are calibrated already ({before}); make them again with "
+            "hardset predict `raw`",
+            "calibrate",
         )
     if calibration_run is not None:
         fit_on, rest = open_predictions(calibration_run, predictions.name), predictions

@@ -24,6 +24,7 @@ from pipelines.evaluation.detection import TRUST, trust_schema
 from pipelines.evaluation.outcomes import PredictionSet, labelled_logits, open_predictions
 from pipelines.evaluation.predict import Forward, check_fits, input_batches, shard_forward
 from pipelines.runs import cluster, column_groups, columns
+from pipelines.runs.errors import UserError, concerning
 from pipelines.runs.record import Run, Shard, fingerprint
 from pipelines.runs.tasks import in_order, write_shards
 from pipelines.training.checkpoints import read_classifier
@@ -55,12 +56,12 @@ class OracleTraining:
         if self.loss == "ce":
             object.__setattr__(self, "loss", "cross_entropy")
         if self.loss not in TRUST_LOSSES:
-            raise ValueError(f"--loss {self.loss}: expected one of {', '.join(TRUST_LOSSES)}")
+            raise UserError(f"{self.loss}: expected one of {', '.join(TRUST_LOSSES)}", "loss")
         for name in ("alpha_pos", "alpha_neg", "epochs", "lr", "batch_size"):
             if getattr(self, name) <= 0:
-                raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: expected more than 0")
+                raise UserError(f"{getattr(self, name)}: expected more than 0", name)
         if self.gamma < 0 or self.weight_decay < 0:
-            raise ValueError(f"--gamma {self.gamma} and --weight-decay {self.weight_decay}: at least 0")
+            raise UserError(f"{self.gamma} and `weight_decay` {self.weight_decay}: at least 0", "gamma")
 
     def per_sample(self, z: Tensor, correct: Tensor, true_class_prob: Tensor) -> Tensor:
         """The loss of each sample, (n,): Luo et al. 2021, eq. 8, 4, 5 and 6."""
@@ -80,7 +81,7 @@ class Oracle(nn.Module):
         super().__init__()
         last = backbone.last_layer()
         if last is None:
-            raise ValueError(f"--backbone {backbone.spec.model}: ends in no linear layer that an oracle could replace")
+            raise UserError(f"{backbone.spec.model}: ends in no linear layer that an oracle could replace", "backbone")
         self.backbone, self.signed = backbone, signed
         self.head = nn.Linear(last.in_features, 1)
 
@@ -137,7 +138,7 @@ def targets(run: Run, model: Classifier, forward: Forward, predictions: str | No
         parts = in_order(_shard_targets, items, run.uri, model, forward)
     rows, correct, probs = (list(values) for values in zip(*parts))
     if not sum(map(len, rows)):
-        raise ValueError(f"--run {run.uri}: no sample has a label, so none is known to be right or wrong")
+        raise UserError(f"{run.uri}: no sample has a label, so none is known to be right or wrong", "run")
     return Targets(rows, correct, probs)
 
 
@@ -145,7 +146,7 @@ def _shard_targets(shard: int, entry: Shard, run_uri: str, model: Classifier, fo
     base = column_groups.read(run_uri, columns.EMBEDDINGS, shard, ["row", "label"])
     rows, labels = base["row"].to_numpy(), columns.labels_or_minus_one(base["label"])
     if len(labels) and labels.max() >= model.num_classes:
-        raise ValueError(
+        raise UserError(
             f"{run_uri}: label {labels.max()} in shard {shard}, the classifier knows {model.num_classes} classes"
         )
     return _outcome(rows, labels, shard_forward(shard, entry, run_uri, rows, model, forward))
@@ -176,11 +177,12 @@ def new_oracle(run: Run, model: Classifier, training: OracleTraining) -> Oracle:
             "embeddings", training.backbone, 2, width=config.width, encoder=config.encoder,
             encoder_fingerprint=config.encoder_fingerprint,
         )  # fmt: skip
-        backbone = build_classifier(spec)
+        with concerning("backbone"):
+            backbone = build_classifier(spec)
         backbone.standardize(*map(torch.as_tensor, moments(Source.of(run, input="embeddings"), config.width)))
     else:
-        backbone = read_classifier(training.backbone)
-        check_fits(run, backbone, "--backbone")
+        backbone = read_classifier(training.backbone, "backbone")
+        check_fits(run, backbone, "backbone")
     return Oracle(backbone, training.signed)
 
 
@@ -268,8 +270,9 @@ def _held_out_rates(
     try:
         tpr, tnr = true_rates(np.concatenate(z), correct, 0.0)
     except UndefinedMetricError:
-        raise ValueError(
-            "--search-alpha: the held-out samples are all right or all wrong; take a run where the classifier errs"
+        raise UserError(
+            "the held-out samples are all right or all wrong; take a run where the classifier errs",
+            "search_alpha",
         ) from None
     return {"tpr": tpr, "tnr": tnr, "balanced": (tpr + tnr) / 2}
 
@@ -339,12 +342,12 @@ def trust(
         For a name that is none, embeddings that do not fit, no labels, or a classifier without a single error or hit.
     """
     training, forward = training or OracleTraining(), forward or Forward()
-    columns.check_name("--name", name)
+    columns.check_name("name", name)
     for each in (run, *evaluated):
         check_fits(each, model)
     _check_backbone(run, evaluated, model, training)
     if search and training.loss != "steep_slope":
-        raise ValueError(f"--search-alpha: only steep_slope has alphas, the loss is {training.loss}")
+        raise UserError(f"only steep_slope has alphas, the loss is {training.loss}", "search_alpha")
     started = time.monotonic()
     digest = classifier_digest(model)
     recipe = fingerprint(
@@ -384,18 +387,20 @@ def _check_backbone(run: Run, evaluated: Iterable[Run], model: Classifier, train
         return
     for other in evaluated:
         if not run.config.same_embedding(other.config):
-            raise ValueError(
-                f"--eval-run {other.uri}: embedded with {other.config.encoder}, the oracle looks at embeddings of "
-                f"{run.config.encoder}; embed it with the same encoder"
+            raise UserError(
+                f"{other.uri}: embedded with {other.config.encoder}, the oracle looks at embeddings of "
+                f"{run.config.encoder}; embed it with the same encoder",
+                "eval_run",
             )
 
 
 def _check_both(found: Targets) -> None:
     if found.accuracy in (0.0, 1.0):
         outcome = "right" if found.accuracy else "wrong"
-        raise ValueError(
-            f"--run: the classifier is {outcome} on all {sum(map(len, found.correct))} samples, an oracle has nothing to "
-            "learn; train it on shards that the classifier has not seen, or give out-of-fold --target-predictions"
+        raise UserError(
+            f"the classifier is {outcome} on all {sum(map(len, found.correct))} samples, an oracle has nothing to "
+            "learn; train it on shards that the classifier has not seen, or give out-of-fold `target_predictions`",
+            "run",
         )
 
 

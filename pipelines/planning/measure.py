@@ -25,6 +25,7 @@ from pipelines.curation.workers import DECODERS, STEPS, Resources
 from pipelines.planning.plan import Measured, StageCost
 from pipelines.report import page as reporting
 from pipelines.runs import cluster, columns, storage
+from pipelines.runs.errors import UserError
 from pipelines.runs.record import CorpusConfig, Run, Shard
 
 MOST_SHARDS = 64  # of the scratch run: repeating shards of a dozen images until they last is minutes of starting tasks
@@ -94,8 +95,9 @@ def measure(
     try:
         probed, worker_bytes = _probe(shards, config, resources, scratch, target_s / 2)
         if not any(p["samples"] > p["left_out"] for p in probed):  # which counts an unreadable rest too
-            raise ValueError(
-                f"--shards: the {len(shards)} measured ones hold no usable sample; hardset validate says why"
+            raise UserError(
+                f"the {len(shards)} measured ones hold no usable sample; hardset validate says why",
+                "shards",
             )
         alone = {s: _weighted(probed, s) for s in STEPS}
         repeats = _repeats(shards, sum(p["samples"] for p in probed) * sum(alone.values()), resources.workers, target_s)

@@ -186,7 +186,7 @@ def bottleneck(measured: Measured) -> str:
         "decode": "decoding on CPUs: give each worker more cores, or store smaller images",
         "transfer": "copying to the GPU: larger batches",
         "model": "the encoder: more GPUs, or a smaller one",
-        "write": "writing embeddings: a faster store, or --dtype float16",
+        "write": "writing embeddings: a faster store, or float16 embeddings",
     }
     advice["model"] = (
         advice["model"] if measured.device == "cuda" else "the encoder: a GPU, more cores, or a smaller one"

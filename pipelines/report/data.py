@@ -24,6 +24,7 @@ from pipelines.report.scan import (
 )
 from pipelines.report.words import visible
 from pipelines.runs import column_groups, columns
+from pipelines.runs.errors import UserError
 from pipelines.runs.record import Run
 from pipelines.summary import quarantine_reasons
 
@@ -150,7 +151,7 @@ def shown_names(run: Run, given: Sequence[str], found: dict[int, int]) -> list[s
     names += [f"class {label}" for label in range(len(names), max(found, default=-1) + 1)]
     if given and run.config.class_names is None:
         if len(given) < len(names):
-            raise ValueError(f"--classes: {len(given)} names, the run has {len(names)} classes")
+            raise UserError(f"{len(given)} names, the run has {len(names)} classes", "classes")
         names = list(given)
     return [visible(name) or f"class {label}" for label, name in enumerate(names)]
 

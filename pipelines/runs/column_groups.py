@@ -19,6 +19,7 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from pipelines.runs import columns, storage
+from pipelines.runs.errors import UserError
 
 METADATA = b"hardset"  # the one key of ours in a file's schema metadata: JSON with `source` and the counts
 
@@ -183,7 +184,7 @@ def _naming(group: str, path: str) -> Iterator[None]:
         ) from error
 
 
-def check_score(run_uri: str, num_shards: int, column: str, option: str) -> list[dict[str, Any]]:
+def check_score(run_uri: str, num_shards: int, column: str, field: str) -> list[dict[str, Any]]:
     """The facts of each shard's file of a column that holds a number per sample.
 
     Raises
@@ -191,19 +192,21 @@ def check_score(run_uri: str, num_shards: int, column: str, option: str) -> list
     ValueError
         Which names `option`, if a shard lacks the group, or the group has no such column of numbers.
     """
-    group, name = columns.split_name(column, option)
+    group, name = columns.split_name(column, field)
     found = all_facts(run_uri, group, num_shards)
     lacking = sum(fact is None for fact in found)
     if lacking:
-        raise ValueError(
-            f"{option} {column}: {run_uri} has no {group}/ for {lacking} of its {num_shards} shards; {columns.how_to_make(group)}"
+        raise UserError(
+            f"{column}: {run_uri} has no {group}/ for {lacking} of its {num_shards} shards; {columns.how_to_make(group)}",
+            field,
         )
     fields = {field.name: field.type for field in schema(run_uri, group)}
     scores = [key for key, kind in fields.items() if key not in columns.KEYS_AND_LABEL and columns.is_number(kind)]
     if name not in scores:
-        raise ValueError(
-            f"{option} {column}: {group}/ has no column {name!r} with a number for each sample, "
-            f"it has {', '.join(scores) or 'none'}"
+        raise UserError(
+            f"{column}: {group}/ has no column {name!r} with a number for each sample, "
+            f"it has {', '.join(scores) or 'none'}",
+            field,
         )
     return found
 
@@ -227,7 +230,7 @@ def schema(run_uri: str, group: str, shard: int = 0) -> pa.Schema:
 def check_fresh(group: str, shard: int, embeddings_source: str | None, found: dict[str, Any] | None) -> None:
     """ValueError if a group's file was made from embeddings that have been replaced since (its fact `embeddings`)."""
     if found and found.get("embeddings", embeddings_source) != embeddings_source:
-        raise ValueError(f"{group}/: shard {shard} was embedded again since; {columns.how_to_make(group)}")
+        raise UserError(f"{group}/: shard {shard} was embedded again since; {columns.how_to_make(group)}")
 
 
 def check_group_fresh(group: str, embedded: Sequence[dict[str, Any]], run_uri: str) -> None:

@@ -6,6 +6,8 @@ from typing import NamedTuple
 import numpy as np
 import pyarrow as pa
 
+from pipelines.runs.errors import UserError
+
 EMBEDDINGS, DIFFICULTY, QUARANTINE, DECISIONS = "embeddings", "difficulty", "quarantine", "decisions"
 
 KEYS = (pa.field("key", pa.string()), pa.field("shard", pa.int32()), pa.field("row", pa.int64()))
@@ -161,12 +163,12 @@ DECISIONS_SCHEMA = pa.schema(
 )
 
 
-def check_name(option: str, name: str) -> None:
+def check_name(field: str, name: str) -> None:
     """A prediction set, a trust set or a subset is called as a folder can be; ValueError otherwise."""
     if not name or name != name.strip(". ") or any(c in name for c in "/\\:") or not name.isprintable():
-        raise ValueError(f"{option} {name!r}: expected a plain folder name")
+        raise UserError(f"{name!r}: expected a plain folder name", field)
     if column_in_path(name):
-        raise ValueError(f"{option} {name!r}: DuckDB and others would take it for the column {name.partition('=')[0]}")
+        raise UserError(f"{name!r}: DuckDB and others would take it for the column {name.partition('=')[0]}", field)
 
 
 def column_in_path(path: str) -> str | None:
@@ -175,11 +177,11 @@ def column_in_path(path: str) -> str | None:
     return next(found, None)
 
 
-def split_name(column: str, option: str = "column") -> tuple[str, str]:
+def split_name(column: str, field: str | None = None) -> tuple[str, str]:
     """'difficulty.rmd' -> ('difficulty', 'rmd'); a prediction set's column is 'predictions/NAME.confidence'."""
     group, dot, name = column.rpartition(".")
     if not dot or not group or not name:
-        raise ValueError(f"{option} {column}: expected GROUP.COLUMN, such as difficulty.rmd")
+        raise UserError(f"{column}: expected GROUP.COLUMN, such as difficulty.rmd", field)
     return group, name
 
 

@@ -17,6 +17,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from pipelines.runs import column_groups, columns, storage
+from pipelines.runs.errors import UserError
 from pipelines.runs.lease import check_idle, lease
 
 RECORD = "run.json"
@@ -109,20 +110,21 @@ class Run:
         self._shards: tuple[list | None, list[Shard]] = (None, [])
 
     @classmethod
-    def open(cls, uri: str, option: str = "--run") -> "Run":
+    def open(cls, uri: str, field: str = "run") -> "Run":
         """Open an existing run; ValueError, which names `option`, where there is none that can be read."""
         try:
             record = _read_json(storage.join(uri, RECORD))
         except (FileNotFoundError, NotADirectoryError):
-            raise ValueError(
-                f"{option} {uri}: no {RECORD} there; make the run with hardset curate or hardset embed"
+            raise UserError(
+                f"{uri}: no {RECORD} there; make the run with hardset curate or hardset embed",
+                field,
             ) from None
         except (OSError, ValueError) as error:
-            raise ValueError(f"{option} {uri}: {RECORD} cannot be read ({storage.first_line(error)})") from None
+            raise UserError(f"{uri}: {RECORD} cannot be read ({storage.first_line(error)})", field) from None
         run = cls(uri, record)
         problem = run._problem()
         if problem:
-            raise ValueError(f"{option} {uri}: its {RECORD} is not one that hardset wrote ({problem})")
+            raise UserError(f"{uri}: its {RECORD} is not one that hardset wrote ({problem})", field)
         return run
 
     def _problem(self) -> str | None:
@@ -195,9 +197,10 @@ class Run:
                     name, old, new = "encoder", self.config.encoder, config.encoder
                 elif "encoder" in name:  # called the same, but its weights or its code are others
                     name, old, new = "encoder weights or code", old[:12], new[:12]
-                raise ValueError(
-                    f"--run {self.uri}: made with {name.replace('_', ' ')} {old!r}, asked for {new!r}; "
-                    "these cannot be mixed: take another --run, or --overwrite"
+                raise UserError(
+                    f"{self.uri}: made with {name.replace('_', ' ')} {old!r}, asked for {new!r}; "
+                    "these cannot be mixed: take another `run`, or `overwrite`",
+                    "run",
                 )
 
     def _extend(self, shards: Sequence[Shard], encoder: str, moved: Mapping[str, str]) -> None:
@@ -209,9 +212,10 @@ class Run:
         urls = [moved.get(shard.url, shard.url) for shard in self.shards]
         missing = [url for url in urls if url not in listed]
         if missing:
-            raise ValueError(
-                f"--shards: this run holds {len(self.shards)} shards, {len(missing)} of them not listed now "
-                f"(first: {missing[0]}); list them too, or say where they are (--moved FROM=TO), or take another --run, or --overwrite"
+            raise UserError(
+                f"this run holds {len(self.shards)} shards, {len(missing)} of them not listed now "
+                f"(first: {missing[0]}); list them too, or say where they are (`moved` FROM=TO), or take another `run`, or `overwrite`",
+                "shards",
             )
         known = set(urls)
         merged = [listed[url] for url in urls] + [s for s in shards if s.url not in known]
@@ -311,9 +315,10 @@ class Run:
             self.record["precision"] = now["precision"]
         before = self.record["precision"]
         if before != precision:
-            raise ValueError(
-                f"--device: this run's embeddings were computed in {before}, this device computes in {precision}; "
-                "these cannot be mixed: take the device of before, another --run, or --overwrite"
+            raise UserError(
+                f"this run's embeddings were computed in {before}, this device computes in {precision}; "
+                "these cannot be mixed: take the device of before, another `run`, or `overwrite`",
+                "device",
             )
 
     def settle_classes(self, facts: Sequence[dict[str, Any]]) -> None:
@@ -368,8 +373,9 @@ class Run:
         found = column_groups.all_facts(self.uri, columns.EMBEDDINGS, len(self.shards))
         pending = sum(facts is None for facts in found)
         if pending:
-            raise ValueError(
-                f"--run {self.uri}: {pending} of {len(found)} shards are not embedded yet; run hardset embed first"
+            raise UserError(
+                f"{self.uri}: {pending} of {len(found)} shards are not embedded yet; run hardset embed first",
+                "run",
             )
         return found
 
@@ -407,11 +413,11 @@ def _read_entry(uri: str) -> dict[str, Any]:
     try:
         entry = _read_json(uri)
     except ValueError as error:
-        raise ValueError(
+        raise UserError(
             f"{uri}: cannot be read ({storage.first_line(error)}); delete it and start that stage again"
         ) from None
     if not isinstance(entry, dict):
-        raise ValueError(f"{uri}: it is not what a stage writes; delete it and start that stage again")
+        raise UserError(f"{uri}: it is not what a stage writes; delete it and start that stage again")
     return entry
 
 

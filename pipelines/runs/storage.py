@@ -23,6 +23,8 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
+from pipelines.runs.errors import UserError
+
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://")
 _QUERY = re.compile(r"\?[a-z_]+=.*")
 _BUCKETS = ("s3", "gs", "gcs")
@@ -97,9 +99,9 @@ def open_filesystem(uri: str | os.PathLike) -> tuple[pafs.FileSystem, str]:
     except pa.ArrowInvalid as error:
         if "Unrecognized filesystem" in str(error):
             return _open_fsspec(text)
-        raise ValueError(f"{text}: {first_line(error)}") from error
+        raise UserError(f"{text}: {first_line(error)}") from error
     except OSError as error:
-        raise ValueError(f"{text}: {first_line(error)}") from error
+        raise UserError(f"{text}: {first_line(error)}") from error
 
 
 def join(uri: str | os.PathLike, *parts: str) -> str:
@@ -261,11 +263,11 @@ def check_writable(uri: str | os.PathLike) -> None:
             return
         folder = next(p for p in (path, *path.parents) if os.path.lexists(p))
         if not folder.is_dir():
-            raise ValueError(f"{uri}: not writable, {folder} is not a folder; name another output folder")
+            raise UserError(f"{uri}: not writable, {folder} is not a folder; name another output folder")
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise ValueError(f"{uri}: not writable ({first_line(error)}); name another output folder") from error
+        raise UserError(f"{uri}: not writable ({first_line(error)}); name another output folder") from error
 
 
 @functools.lru_cache(maxsize=64)
@@ -286,7 +288,7 @@ def _open_fsspec(uri: str) -> tuple[pafs.FileSystem, str]:
     try:
         filesystem, path = fsspec.core.url_to_fs(uri)
     except (ValueError, ImportError) as error:
-        raise ValueError(f"{uri}: no filesystem for it ({first_line(error)})") from error
+        raise UserError(f"{uri}: no filesystem for it ({first_line(error)})") from error
     return pafs.PyFileSystem(pafs.FSSpecHandler(filesystem)), path
 
 

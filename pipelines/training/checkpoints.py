@@ -15,6 +15,7 @@ import torch
 
 from ops.models import RECORD, WEIGHTS, Classifier, load_classifier, save_classifier, update_extra
 from pipelines.runs import storage
+from pipelines.runs.errors import UserError, concerning
 
 
 def write_classifier(model: Classifier, uri: str, **extra: Any) -> None:
@@ -29,16 +30,18 @@ def write_classifier(model: Classifier, uri: str, **extra: Any) -> None:
             _upload(Path(folder, name), uri)
 
 
-def read_classifier(uri: str) -> Classifier:
-    """Load a checkpoint, or a training's best, from a local path or a URI. ValueError where there is none."""
+def read_classifier(uri: str, field: str = "checkpoint") -> Classifier:
+    """Load a checkpoint, or a training's best, from a local path or a URI. UserError about `field` where there is none."""
     local = storage.local_path(uri)
     if local is not None:
-        return load_classifier(local)
-    place = _place(uri)
+        with concerning(field):
+            return load_classifier(local)
+    place = _place(uri, field)
     with tempfile.TemporaryDirectory() as folder:
         for name in (WEIGHTS, RECORD):
             Path(folder, name).write_bytes(storage.read_bytes(storage.join(place, name)))
-        return load_classifier(folder)
+        with concerning(field):
+            return load_classifier(folder)
 
 
 def annotate_classifier(uri: str, **extra: Any) -> None:
@@ -54,12 +57,12 @@ def annotate_classifier(uri: str, **extra: Any) -> None:
         _upload(Path(folder, RECORD), place)
 
 
-def _place(uri: str) -> str:
+def _place(uri: str, field: str = "checkpoint") -> str:
     """The folder on an object store that holds the checkpoint meant by `uri`: that one, or a training's best."""
     for place in (uri, storage.join(uri, "best")):
         if storage.exists(storage.join(place, RECORD)):
             return place
-    raise ValueError(f"--checkpoint {uri}: no {RECORD} there; hardset train makes one")
+    raise UserError(f"{uri}: no {RECORD} there; hardset train makes one", field)
 
 
 def _upload(file: Path, uri: str) -> None:

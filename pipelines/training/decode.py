@@ -19,6 +19,7 @@ from torchvision.transforms.v2 import InterpolationMode, RandAugment
 from torchvision.transforms.v2 import functional as F
 
 from ops.decoding import decode_image
+from pipelines.runs.errors import UserError
 
 AUGMENTATIONS = ("none", "crop_flip", "randaugment")
 
@@ -42,7 +43,7 @@ class Augmentation:
     def named(cls, name: str, image_size: int) -> "Augmentation | None":
         """none, crop_flip or randaugment."""
         if name not in AUGMENTATIONS:
-            raise ValueError(f"--augment {name}: expected one of {', '.join(AUGMENTATIONS)}")
+            raise UserError(f"{name}: expected one of {', '.join(AUGMENTATIONS)}", "augment")
         return None if name == "none" else cls(max(1, image_size // 8), name == "randaugment")
 
     def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:

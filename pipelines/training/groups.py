@@ -7,6 +7,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipelines.runs import columns, joins
+from pipelines.runs.errors import UserError
 from pipelines.runs.record import Run
 from pipelines.runs.tasks import in_order
 
@@ -31,7 +32,7 @@ class GroupRule:
         columns.split_name(self.column)
 
     @classmethod
-    def parse(cls, text: str, option: str = "--groups", by_class: bool = False, num_classes: int = 0) -> "GroupRule":
+    def parse(cls, text: str, field: str = "groups", by_class: bool = False, num_classes: int = 0) -> "GroupRule":
         """`confusion.confusion:5` (one edge), `difficulty.rmd:-10,0,10` (three), `difficulty.rmd:q2` (two halves)."""
         column, colon, cut = text.rpartition(":")
         try:
@@ -46,9 +47,10 @@ class GroupRule:
             if not all(np.isfinite(edges)) or any(b <= a for a, b in pairwise(edges)):
                 raise ValueError
         except ValueError:
-            raise ValueError(
-                f"{option} {text}: expected COLUMN:EDGES with rising edges, such as confusion.confusion:5 or "
-                "difficulty.rmd:-10,0, or COLUMN:qN for N equally full groups, such as difficulty.rmd:q2"
+            raise UserError(
+                f"{text}: expected COLUMN:EDGES with rising edges, such as confusion.confusion:5 or "
+                "difficulty.rmd:-10,0, or COLUMN:qN for N equally full groups, such as difficulty.rmd:q2",
+                field,
             ) from None
         return cls(column, edges, None, by_class, num_classes)
 
@@ -89,7 +91,7 @@ class GroupRule:
         shards = [(shard,) for shard in range(len(run.shards))]
         parts = [part for part in in_order(sketch, shards, run.uri, self.column) if len(part[0])]
         if not parts:
-            raise ValueError(f"column {self.column}: no sample has a value there")
+            raise UserError(f"column {self.column}: no sample has a value there")
         values = np.concatenate([values for values, _ in parts])
         weights = np.concatenate([np.full(len(values), weight) for values, weight in parts])
         order = np.argsort(values, kind="stable")
@@ -97,7 +99,7 @@ class GroupRule:
         wanted = np.arange(1, self.quantiles) / self.quantiles * reached[-1]
         edges = values[order][np.searchsorted(reached, wanted, side="right").clip(max=len(order) - 1)]
         if len(np.unique(edges)) < len(edges) or edges[0] == values[order[0]]:
-            raise ValueError(
+            raise UserError(
                 f"{self.column}:q{self.quantiles}: so many equal values that a group has no samples; name edges, or fewer"
             )
         return dataclasses.replace(self, edges=tuple(edges.tolist()), quantiles=None)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ops.models import Classifier, ClassifierSpec, Head, build_classifier
 from pipelines.runs import storage
-from pipelines.runs.errors import StageFailed
+from pipelines.runs.errors import StageFailed, UserError
 from pipelines.training.assess import EvaluationSet, assess
 from pipelines.training.checkpoints import read_state, write_classifier, write_json, write_state
 from pipelines.training.decode import Augmentation
@@ -85,18 +85,18 @@ class Recipe:
         }
         for name, low in whole.items():
             if getattr(self, name) < low:
-                raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: at least {low}")
+                raise UserError(f"{getattr(self, name)}: at least {low}", name)
         if not (self.lr > 0 and math.isfinite(self.lr)):
-            raise ValueError(f"--lr {self.lr}: expected a number above 0")
+            raise UserError(f"{self.lr}: expected a number above 0", "lr")
         for name in ("weight_decay", "clip"):
             if not (getattr(self, name) >= 0):
-                raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: at least 0")
+                raise UserError(f"{getattr(self, name)}: at least 0", name)
         for name in ("momentum", "warmup", "ema"):
             if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"--{name} {getattr(self, name)}: expected a number in [0, 1)")
+                raise UserError(f"{getattr(self, name)}: expected a number in [0, 1)", name)
         for name, choices in (("optimizer", OPTIMIZERS), ("schedule", SCHEDULES), ("criterion", CRITERIA)):
             if getattr(self, name) not in choices:
-                raise ValueError(f"--{name} {getattr(self, name)}: expected one of {', '.join(choices)}")
+                raise UserError(f"{getattr(self, name)}: expected one of {', '.join(choices)}", name)
         Augmentation.named(self.augment, 32)
 
 
@@ -180,7 +180,7 @@ class Training:
     def __init__(self, plan: Plan, place: Workplace):
         self.plan, self.place, recipe = plan, place, plan.recipe
         if recipe.batch_size % place.world:
-            raise ValueError(f"--batch-size {recipe.batch_size}: not a multiple of the {place.world} workers")
+            raise UserError(f"{recipe.batch_size}: not a multiple of the {place.world} workers", "batch_size")
         torch.manual_seed(recipe.seed)
         self.model = build_classifier(plan.spec).to(place.device)
         if isinstance(self.model, Head) and plan.mean is not None:
@@ -324,7 +324,7 @@ class Training:
 
     def _diverged(self) -> None:
         raise StageFailed(
-            f"train: the loss is not finite in epoch {self.epoch}; try a smaller --lr, or --clip 1. "
+            f"train: the loss is not finite in epoch {self.epoch}; try a smaller `lr`, or `clip` 1. "
             f"Checkpoints of earlier epochs are kept in {self.plan.out}"
         )
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ops.groupdro import GroupDRO
 from ops.losses import LOSSES, SAMPLE_ARGUMENTS
+from pipelines.runs.errors import UserError
 from pipelines.training.groups import GroupRule
 
 GROUP_METHODS = ("dro", "reweight", "erm")
@@ -28,18 +29,18 @@ class LossChoice:
 
     def __post_init__(self) -> None:
         if self.name not in LOSSES:
-            raise ValueError(f"--loss {self.name}: expected one of {', '.join(LOSSES)}")
+            raise UserError(f"{self.name}: expected one of {', '.join(LOSSES)}", "loss")
         known = loss_parameters(self.name)
         for name in self.params:
             if name not in known:
                 takes = ", ".join(f"{k}={v.default}" for k, v in known.items()) or "none"
-                raise ValueError(f"--loss-params {name}: {self.name} has no such parameter; it takes {takes}")
+                raise UserError(f"{name}: {self.name} has no such parameter; it takes {takes}", "loss_params")
         try:
             # On three samples, so that a bad value is found before any work starts.
             extra = {argument: torch.rand(3)} if (argument := self.argument) else {}
             LOSSES[self.name](torch.eye(3), torch.arange(3), **extra, **self.params)
         except ValueError as error:
-            raise ValueError(f"--loss-params: {self.name}: {error}") from None
+            raise UserError(f"{self.name}: {error}", "loss_params") from None
 
     @classmethod
     def parse(cls, name: str, words: Sequence[str]) -> "LossChoice":
@@ -48,12 +49,12 @@ class LossChoice:
         for word in words:
             key, equals, value = word.partition("=")
             if not equals or not key:
-                raise ValueError(f"--loss-params {word}: expected NAME=VALUE, such as alpha=0.3")
+                raise UserError(f"{word}: expected NAME=VALUE, such as alpha=0.3", "loss_params")
             text = key in known and isinstance(known[key].default, str)
             try:
                 params[key] = value if text else float(value)
             except ValueError:
-                raise ValueError(f"--loss-params {word}: {value!r} is not a number") from None
+                raise UserError(f"{word}: {value!r} is not a number", "loss_params") from None
         return cls(name, params)
 
     @property
@@ -95,7 +96,7 @@ class Grouping:
 
     def __post_init__(self) -> None:
         if self.method not in GROUP_METHODS:
-            raise ValueError(f"--group-method {self.method}: expected one of {', '.join(GROUP_METHODS)}")
+            raise UserError(f"{self.method}: expected one of {', '.join(GROUP_METHODS)}", "group_method")
 
 
 class Objective:

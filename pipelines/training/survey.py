@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from pipelines.runs import column_groups, columns
+from pipelines.runs.errors import UserError
 from pipelines.runs.tasks import in_order
 from pipelines.training.groups import GroupRule, Resampling, scores
 from pipelines.training.source import Source
@@ -70,11 +71,11 @@ def survey(source: Source, num_classes: int, rule: GroupRule | None = None) -> S
     counts = tuple(part["rows"] for part in parts)
     total = sum(counts)
     if not total:
-        raise ValueError(f"{source.run_uri}: no labelled sample to use (part {source.part})")
+        raise UserError(f"{source.run_uri}: no labelled sample to use (part {source.part})")
     for name in source.columns:
         missing = sum(part["missing"][name] for part in parts)
         if missing:
-            raise ValueError(
+            raise UserError(
                 f"column {name}: {missing} of {total} samples of {source.run_uri} have no value there; "
                 "make the column again for all shards of this run"
             )
@@ -92,9 +93,7 @@ def _survey_shard(shard: int, source: Source, num_classes: int, rule: GroupRule 
     table = source.keys(shard)
     labels = table["label"].to_numpy()
     if len(labels) and labels.max() >= num_classes:
-        raise ValueError(
-            f"{source.run_uri}: label {labels.max()} in shard {shard}, but there are {num_classes} classes"
-        )
+        raise UserError(f"{source.run_uri}: label {labels.max()} in shard {shard}, but there are {num_classes} classes")
     values = {name: scores(table, name) for name in source.columns}
     part = {
         "rows": len(labels),
@@ -113,12 +112,12 @@ def check_trainable(found: Survey, classes: Sequence[str], rule: GroupRule | Non
     """ValueError for one class only, or a group without samples."""
     there = np.flatnonzero(found.class_counts)
     if len(there) < 2:
-        raise ValueError(f"one class only ({classes[there[0]]!r}): a classifier needs at least 2")
+        raise UserError(f"one class only ({classes[there[0]]!r}): a classifier needs at least 2")
     if rule is not None and not found.group_counts.all():
         empty = int(np.flatnonzero(found.group_counts == 0)[0])
         sizes = ", ".join(f"{name}: {count}" for name, count in zip(rule.names(), found.group_counts))
         low, high = found.ranges[rule.column]
-        raise ValueError(
+        raise UserError(
             f"group {rule.names()[empty]!r} has no samples ({sizes}): {rule.column} lies in [{low:.4g}, {high:.4g}]; "
             f"move the edges, or take {rule.column}:q2 for two halves"
         )

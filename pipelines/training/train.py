@@ -25,7 +25,7 @@ from pipelines.corpus.shardlist import look_up
 from pipelines.corpus.shards import iter_images
 from pipelines.curation.subsets import check_subset
 from pipelines.runs import column_groups, columns, storage
-from pipelines.runs.errors import StageFailed
+from pipelines.runs.errors import StageFailed, UserError, concerning
 from pipelines.runs.labels import label_sources
 from pipelines.runs.record import PRODUCTS, Run, fingerprint
 from pipelines.runs.tasks import in_order
@@ -99,8 +99,9 @@ def plan_training(
     _check_columns(run, choices)
     classes = _checked_classes(run, eval_run, choices.input)
     subset = None if choices.subset is None else check_subset(run, choices.subset, "subset")
-    spec = _spec(run, choices, classes)
-    build_classifier(spec)  # its own ValueError for a model that does not exist
+    with concerning("model", "small_images", "dropout", "input"):
+        spec = _spec(run, choices, classes)
+        build_classifier(spec)  # so that a model that does not exist is told now
     groups = _resolved(choices.groups, run, classes)
     sampling = _resolved(choices.upsample, run, classes) if choices.sampler == "upsample" else groups
     holdout = choices.holdout if choices.holdout is not None else (0.1 if eval_run is None else 0.0)
@@ -144,28 +145,28 @@ def plan_training(
 
 def _check_choices(choices: Choices, loss: LossChoice) -> None:
     if choices.sampler not in SAMPLERS:
-        raise ValueError(f"--sampler {choices.sampler}: expected one of {', '.join(SAMPLERS)}")
+        raise UserError(f"{choices.sampler}: expected one of {', '.join(SAMPLERS)}", "sampler")
     if choices.sampler == "upsample" and choices.upsample is None:
-        raise ValueError("--sampler upsample: needs --upsample COLUMN:EDGE, such as difficulty.rmd:q2")
+        raise UserError("upsample: needs `upsample` COLUMN:EDGE, such as difficulty.rmd:q2", "sampler")
     if choices.sampler != "upsample" and choices.upsample is not None:
-        raise ValueError(f"--upsample: has no meaning with --sampler {choices.sampler}; add --sampler upsample")
+        raise UserError(f"has no meaning with `sampler` {choices.sampler}; add `sampler` upsample", "upsample")
     if choices.sampler == "balanced" and choices.groups is None:
-        raise ValueError("--sampler balanced: needs --groups")
+        raise UserError("balanced: needs `groups`", "sampler")
     if choices.upsample_factor < 1:
-        raise ValueError(f"--upsample-factor {choices.upsample_factor}: a whole number of at least 1")
+        raise UserError(f"{choices.upsample_factor}: a whole number of at least 1", "upsample_factor")
     if choices.holdout is not None and not 0 <= choices.holdout < 1:
-        raise ValueError(f"--holdout {choices.holdout}: expected a fraction in [0, 1)")
+        raise UserError(f"{choices.holdout}: expected a fraction in [0, 1)", "holdout")
     if loss.argument == "weight" and choices.weights is None:
-        raise ValueError(f"--weights: {loss.name} needs a column, such as difficulty.weight")
+        raise UserError(f"{loss.name} needs a column, such as difficulty.weight", "weights")
 
 
 def _check_columns(run: Run, choices: Choices) -> None:
     """Each column that is trained on is there, a number for each sample; the error names the option that asked for it."""
-    rules = (("--groups", choices.groups), ("--upsample", choices.upsample))
-    asked = [("--weights", choices.weights), *((option, rule and rule.column) for option, rule in rules)]
-    for option, column in asked:
+    rules = (("groups", choices.groups), ("upsample", choices.upsample))
+    asked = [("weights", choices.weights), *((field, rule and rule.column) for field, rule in rules)]
+    for field, column in asked:
         if column is not None:
-            column_groups.check_score(run.uri, len(run.shards), column, option)
+            column_groups.check_score(run.uri, len(run.shards), column, field)
 
 
 def _checked_classes(run: Run, eval_run: Run | None, kind: str) -> list[str]:
@@ -173,24 +174,24 @@ def _checked_classes(run: Run, eval_run: Run | None, kind: str) -> list[str]:
     run.embedding_facts()
     classes = run.classes
     if run.config.label == "none" or not classes:
-        raise ValueError(f"--run {run.uri}: has no labels to train on (--label {run.config.label})")
+        raise UserError(f"{run.uri}: has no labels to train on (`label` {run.config.label})", "run")
     if len(classes) < 2:
-        raise ValueError(f"--run {run.uri}: one class only ({classes[0]!r}); a classifier needs at least 2")
+        raise UserError(f"{run.uri}: one class only ({classes[0]!r}); a classifier needs at least 2", "run")
     if eval_run is None:
         return classes
     eval_run.embedding_facts()
-    where = f"--eval-run {eval_run.uri}"
     if eval_run.config.label == "none" or not eval_run.classes:
-        raise ValueError(f"{where}: has no labels to evaluate on")
+        raise UserError(f"{eval_run.uri}: has no labels to evaluate on", "eval_run")
     if len(eval_run.classes) > len(classes):
-        raise ValueError(f"{where}: has {len(eval_run.classes)} classes, --run has {len(classes)}")
+        raise UserError(f"{eval_run.uri}: has {len(eval_run.classes)} classes, `run` has {len(classes)}", "eval_run")
     if run.config.class_names and eval_run.config.class_names and classes[: len(eval_run.classes)] != eval_run.classes:
-        raise ValueError(f"{where}: its classes have other names than those of --run")
+        raise UserError(f"{eval_run.uri}: its classes have other names than those of `run`", "eval_run")
     ours, theirs = run.config, eval_run.config
     if kind == "embeddings" and not ours.same_embedding(theirs):
-        raise ValueError(
-            f"{where}: made with encoder {theirs.encoder!r} (d = {theirs.width}), --run with {ours.encoder!r} "
-            f"(d = {ours.width}); embed it with the same encoder"
+        raise UserError(
+            f"{eval_run.uri}: made with encoder {theirs.encoder!r} (d = {theirs.width}), `run` with {ours.encoder!r} "
+            f"(d = {ours.width}); embed it with the same encoder",
+            "eval_run",
         )
     return classes
 
@@ -219,7 +220,7 @@ def _first_image_size(run: Run) -> int:
             continue
         for _, images in iter_images(shard, run.shards[shard], rows[:1]):
             return min(224, *decode_image(images[0], run.config.max_pixels, run.config.exif).shape[-2:])
-    raise ValueError(f"--run {run.uri}: no usable image in its shards")
+    raise UserError(f"{run.uri}: no usable image in its shards", "run")
 
 
 def _resolved(rule: GroupRule | None, run: Run, classes: list[str]) -> GroupRule | None:
@@ -254,7 +255,7 @@ def _weight_mean(weights: str | None, means: dict[str, float]) -> float:
     if weights is None:
         return 1.0
     if not means[weights] > 0:
-        raise ValueError(f"--weights {weights}: their mean is {means[weights]}; weights must not be negative or all 0")
+        raise UserError(f"{weights}: their mean is {means[weights]}; weights must not be negative or all 0", "weights")
     return means[weights]
 
 
@@ -276,7 +277,7 @@ def _evaluations(
         found.append(_evaluation("eval", eval_run, Source.of(
             eval_run, input=source.input, image_size=source.image_size), groups, bins, num_classes, part="all"))  # fmt: skip
     if not found:
-        raise ValueError("--holdout 0: nothing is left to evaluate on; give --eval-run, or hold out a share")
+        raise UserError("0: nothing is left to evaluate on; give `eval_run`, or hold out a share", "holdout")
     return tuple(found)
 
 
@@ -293,7 +294,7 @@ def _evaluation(
     except ValueError as error:
         if part != "holdout":
             raise
-        raise ValueError(f"--holdout {source.holdout}: {error}") from None
+        raise UserError(f"{source.holdout}: {error}", "holdout") from None
     return EvaluationSet(name, source, counts, groups, bins)
 
 
@@ -307,9 +308,9 @@ def _check_shards_unchanged(run: Run) -> None:
     infos = look_up([shard.url for shard in run.shards], f"of {run.uri}")
     for shard, info in zip(run.shards, infos):
         if info.kind != "file":
-            raise ValueError(f"shard {shard.url}: it is not there any more, and --input images reads it")
+            raise UserError(f"shard {shard.url}: it is not there any more, and `input` images reads it")
         if shard.size and info.size != shard.size:
-            raise ValueError(
+            raise UserError(
                 f"shard {shard.url}: has {info.size} bytes, {shard.size} when it was embedded; embed it again"
             )
 
@@ -480,9 +481,9 @@ def _unwrapped(error: BaseException) -> BaseException:
 
 def check_correctness_group(name: str) -> None:
     """ValueError unless a column group of this name can hold correctness: a folder's name, and no other product's."""
-    columns.check_name("--correctness", name)
+    columns.check_name("correctness", name)
     if name != CORRECTNESS and name in PRODUCTS:
-        raise ValueError(f"--correctness {name}: a run keeps something else in {name}/; take another name")
+        raise UserError(f"{name}: a run keeps something else in {name}/; take another name", "correctness")
 
 
 def write_correctness(run: Run, plan: Plan, history: Any, group: str = CORRECTNESS) -> None:

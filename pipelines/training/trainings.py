@@ -7,6 +7,7 @@ from pathlib import PurePath
 from typing import Any
 
 from pipelines.runs import storage
+from pipelines.runs.errors import UserError
 from pipelines.training.checkpoints import read_json
 
 METRICS = ("accuracy", "ece", "ece_mass", "nll", "worst_group_accuracy")
@@ -57,7 +58,7 @@ class Row:
         return None if None in values or len(values) < 2 else statistics.stdev(values)
 
 
-def read_trainings(places: Iterable[str], option: str = "--models") -> list[Trained]:
+def read_trainings(places: Iterable[str], field: str = "models") -> list[Trained]:
     """The trainings at some places: each the folder of one, or a folder of such folders (a run's `models`).
 
     Raises
@@ -71,10 +72,11 @@ def read_trainings(places: Iterable[str], option: str = "--models") -> list[Trai
         single = _read(uri)
         several = [] if single else [t for t in map(_read, _folders(uri)) if t is not None and t.epochs]
         if single is not None and not single.epochs:
-            raise ValueError(f"{option} {place}: its training has not finished an epoch yet")
+            raise UserError(f"{place}: its training has not finished an epoch yet", field)
         if single is None and not several:
-            raise ValueError(
-                f"{option} {place}: no training there (train.json of hardset train), nor in a folder below"
+            raise UserError(
+                f"{place}: no training there (train.json of hardset train), nor in a folder below",
+                field,
             )
         found += [single] if single else several
     return found

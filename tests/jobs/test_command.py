@@ -3,17 +3,20 @@
 import dataclasses
 import json
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
 import pytest
 
 from jobs import hardset
 from jobs.command import Command
 from jobs.options import RunOptions
 from jobs.session import tracked
-from pipelines.runs.errors import StageFailed
+from pipelines.runs.errors import StageFailed, UserError, concerning
 
 ROOT = Path(__file__).parents[2]
 
@@ -38,7 +41,7 @@ class Toy:
 
     def __post_init__(self):
         if self.size_cm <= 0:
-            raise ValueError(f"--size-cm {self.size_cm}: must be above 0")
+            raise UserError(f"{self.size_cm}: must be above 0", "size_cm")
 
 
 def command(body=dataclasses.asdict):
@@ -81,23 +84,64 @@ def test_a_mistake_is_one_line_and_status_2(argv, named, capsys):
 
 
 @pytest.mark.parametrize(
-    ("error", "status"), [(ValueError("--x: bad"), 2), (StageFailed("kept"), 1), (OSError("disk"), 1)]
-)
-def test_errors_become_status_and_one_line(error, status, capsys):
+    ("error", "status", "told"),
+    [
+        (UserError("7: too many; take `other_one` or `from_`", "size_cm"), 2, "error: --size-cm 7: too many; take --other-one or --from"),
+        (UserError("which? there are none", "from_"), 2, "error: --from: which? there are none"),
+        (UserError("two things\nat once"), 2, "error: two things at once"),
+        (StageFailed("more than `max_bad_fraction` 0.01; kept"), 1, "more than --max-bad-fraction 0.01; kept"),
+        (OSError("disk"), 1, "OSError: disk; finished shards are kept"),
+    ],
+)  # fmt: skip
+def test_errors_become_status_and_one_line(error, status, told, capsys):
     def fail(_):
         raise error
 
     assert command(fail).main([]) == status
-    lines = capsys.readouterr().err.strip().splitlines()
-    assert len(lines) == 1 and str(error) in lines[0]
+    assert capsys.readouterr().err == f"hardset toy: {told}\n"
 
 
-def test_a_bug_keeps_its_traceback():
-    def bug(_):
-        raise KeyError("bug")
-
-    with pytest.raises(KeyError):
+@pytest.mark.parametrize(
+    "bug",
+    [
+        lambda _: np.zeros(3) + np.zeros(4),
+        lambda _: [a for a, b in ["abc"]],
+        lambda _: int("x"),
+        lambda _: np.linalg.cholesky(-np.eye(2)),
+        lambda _: pa.array(["x"]).cast("int64"),
+        lambda _: b"\xff".decode(),
+        lambda _: {}["x"],
+    ],
+)
+def test_a_bug_keeps_its_traceback(bug):
+    with pytest.raises(Exception, match=r"\S") as caught:
         command(bug).main([])
+    assert not isinstance(caught.value, UserError) and caught.traceback[-1].path.name != "command.py"
+
+
+def test_a_bug_in_a_process_of_its_own_ends_with_status_1_and_its_traceback():
+    code = (
+        "import sys, dataclasses\nfrom jobs.command import Command\n"
+        "@dataclasses.dataclass(frozen=True)\nclass Toy:\n    'Toys.'\n    size: int = 1\n    'cm'\n"
+        "sys.exit(Command('toy', 'Play.', (Toy,), lambda _: (lambda a, b: a)(*'abc')).main([]))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and "Traceback" in done.stderr and "positional argument" in done.stderr
+
+
+def test_what_ops_says_of_a_parameter_becomes_the_mistake_in_an_option():
+    for text, field, message in (
+        ("encoder 'x': no such form", "encoder", "'x': no such form"),
+        ("small_images: resnet has no stem", "small_images", "resnet has no stem"),
+        ("size is 0", "encoder", "size is 0"),
+    ):
+        with pytest.raises(UserError) as caught, concerning("encoder", "small_images"):
+            raise ValueError(text)
+        assert (caught.value.field, caught.value.message) == (field, message)
+        assert pickle.loads(pickle.dumps(caught.value)).field == field
+    with pytest.raises(UserError) as caught, concerning("encoder"):
+        raise UserError("7: no", "label")
+    assert str(caught.value) == "label 7: no"
 
 
 def test_json_is_the_last_line(capsys):
@@ -132,6 +176,6 @@ def test_a_command_leaves_the_next_ones_tracking_as_it_was(tmp_path, monkeypatch
     with tracked("toy", RunOptions(run="r", mlflow=f"sqlite:///{tmp_path}/a.db")) as tracker:
         assert tracker.run_id and (tmp_path / "a.db").exists()
     assert "MLFLOW_TRACKING_URI" not in os.environ
-    with pytest.raises(ValueError, match=r"--mlflow sqlite:.*pyproject.toml"):
+    with pytest.raises(ValueError, match=r"mlflow sqlite:.*pyproject.toml"):
         tracked("toy", RunOptions(run="r", mlflow=f"sqlite:///{ROOT}/pyproject.toml")).__enter__()
     assert "MLFLOW_TRACKING_URI" not in os.environ

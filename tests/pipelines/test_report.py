@@ -176,7 +176,7 @@ def test_it_is_made_again_only_when_something_changed(copied):
     assert set(data_of(copied)["sets"]) == {"mine", "other"}
     assert not report(Run.open(copied.uri), ["ant", "bee", "cat", "dog"])["skipped"]
     assert data_of(copied)["classes"] == ["ant", "bee", "cat", "dog"]
-    with pytest.raises(ValueError, match="--classes: 2 names"):
+    with pytest.raises(ValueError, match="classes: 2 names"):
         report(Run.open(copied.uri), ["ant", "bee"])
 
 

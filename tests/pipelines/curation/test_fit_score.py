@@ -113,5 +113,5 @@ def test_kmeans_distance_is_that_of_the_stored_centres(tmp_path):
     expected = np.linalg.norm(features[:, None] - centers[None], axis=2).min(axis=1)
     np.testing.assert_allclose(found, expected, rtol=1e-4)
     assert np.array_equal(score.kmeans_centers(run, 4), centers)
-    with pytest.raises(ValueError, match="--kmeans 101"):
+    with pytest.raises(ValueError, match="kmeans 101: "):
         score.kmeans_centers(run, 101)

@@ -119,7 +119,7 @@ def test_a_copy_of_an_image_classifier_is_trained_on_and_the_classifier_stays(tm
 def test_a_classifier_that_is_always_right_leaves_nothing_to_learn(watched):
     run, _, model, _, labels = watched
     write_predictions(run, 4.0 * np.eye(3)[labels], "right")
-    with pytest.raises(ValueError, match=r"right on all 150 samples.*--target-predictions"):
+    with pytest.raises(ValueError, match=r"right on all 150 samples.*`target_predictions`"):
         trust(run, model, "x", QUICK, predictions="right")
 
 

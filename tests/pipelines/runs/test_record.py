@@ -39,7 +39,7 @@ def test_shards_that_are_gone_are_refused(tmp_path):
 def test_what_cannot_be_mixed_is_named(tmp_path, change):
     Run.create(str(tmp_path), CONFIG, SHARDS)
     name = next(iter(change)).split("_")[0]
-    with pytest.raises(ValueError, match=f"made with {name}.*--overwrite"):
+    with pytest.raises(ValueError, match=f"made with {name}.*`overwrite`"):
         Run.create(str(tmp_path), dataclasses.replace(CONFIG, **change), SHARDS)
 
 

@@ -168,7 +168,7 @@ def test_every_loss_trains(plans, name):
     ],
 )
 def test_a_loss_or_parameter_that_is_not_known(name, words):
-    with pytest.raises(ValueError, match="--loss"):
+    with pytest.raises(ValueError, match=r"^loss"):
         LossChoice.parse(name, words)
 
 
