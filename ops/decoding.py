@@ -30,6 +30,7 @@ ORIENTATION = 0x0112  # EXIF's tag
 _JPEG, _PNG = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"
 _PNG_TEXT = (b"iCCP", b"tEXt", b"zTXt", b"iTXt")
 _HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
+_TEXT_LIMIT = re.compile("[Dd]ecompressed data too large|[Tt]oo much memory used in text")  # as Pillow says it
 _JXL = (b"\xff\x0a", b"\0\0\0\x0cJXL \r\n\x87\n")
 _EXIF_SEARCHED = 256 << 10  # bytes of a JPEG in which its EXIF data begins, before any pixel
 _TURNS: dict[int, Callable[[np.ndarray], np.ndarray]] = {
@@ -177,10 +178,7 @@ def _decode_with_pillow(data: bytes, max_pixels: int) -> tuple[np.ndarray, int]:
     except _TooMuchText:
         return _opened(_without_text(data), formats, max_pixels)
     except UnidentifiedImageError:
-        if data.startswith(_JPEG):
-            what = "broken JPEG" if b"\xff\xd9" in data else "truncated JPEG"
-        else:
-            what = "not an image" if size is None else "broken image"
+        what = "not an image" if size is None else "broken image"
         raise ImageError(f"{what} (starts with {data[:8]!r})") from None
 
 
@@ -195,18 +193,18 @@ def _opened(data: bytes, formats: tuple[str, ...], max_pixels: int) -> tuple[np.
             _check_pixels(*picture.size, max_pixels)
             array = _rgb(picture)
             return array, _orientation_of(picture)
-    except (ImageError, UnidentifiedImageError):
+    except ImageError:
         raise
     except Exception as error:  # Pillow's readers raise nearly anything on broken data
-        if data.startswith(_PNG) and re.search(
-            r"[Dd]ecompressed data too large|[Tt]oo much memory used in text", str(error)
-        ):
+        if data.startswith(_JPEG) and (b"\xff\xd9" not in data or "truncated" in str(error).lower()):
+            raise ImageError("truncated JPEG") from None
+        if data.startswith(_PNG) and _TEXT_LIMIT.search(str(error)):
             raise _TooMuchText from None
+        if isinstance(error, UnidentifiedImageError) and not data.startswith(_JPEG):
+            raise
         kind = "JPEG" if data.startswith(_JPEG) else picture.format if picture is not None else "image"
         reason = str(error).splitlines()[0] if str(error) else repr(error)
-        if kind == "JPEG" and ("truncated" in reason.lower()):
-            raise ImageError("truncated JPEG") from None
-        raise ImageError(f"broken {kind} ({reason})") from None
+        raise ImageError(f"broken {kind} ({re.sub(r' <_io.*?>', '', reason)})") from None
 
 
 def _orientation_of(picture: Image.Image) -> int:
