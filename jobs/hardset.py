@@ -19,6 +19,7 @@ COMMANDS = (
     "inspect",
     "export",
     "confusion",
+    "neighbors",
     "train",
     "compare",
     "predict",

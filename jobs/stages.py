@@ -19,12 +19,15 @@ from pipelines.curation import fit as fitting
 from pipelines.curation import score as scoring
 from pipelines.curation import select as selecting
 from pipelines.curation.workers import Resources
+from pipelines.neighbors import stage as finding
+from pipelines.neighbors.lists import NEIGHBORS
 from pipelines.runs import cluster, column_groups, columns, storage
 from pipelines.runs.errors import UserError, concerning
 from pipelines.runs.progress import bottleneck, duration
 from pipelines.runs.record import CorpusConfig, Run, Shard
 
 TRUSTED = "difficulty.margin < 0"  # nearer its own class than any other
+ONCE = "neighbors.duplicate_of_row is null"  # one of each group of duplicates, the one to keep
 
 
 def open_run(options: RunOptions, corpus: CorpusOptions, gaussians: GaussianOptions | None = None) -> Run:
@@ -137,9 +140,9 @@ def check_selection(selection: SubsetOptions, seed: int = 0) -> None:
         conditions.columns_of(selection.where)
 
 
-def check_selected_groups(run: Run, selection: SubsetOptions) -> None:
+def check_selected_groups(run: Run, selection: SubsetOptions, neighbors: bool = False) -> None:
     """ValueError unless the run has what a subset is chosen by, but for what curate itself makes."""
-    made = (columns.EMBEDDINGS, columns.DIFFICULTY)
+    made = (columns.EMBEDDINGS, columns.DIFFICULTY, *([NEIGHBORS] if neighbors else []))
     asked = [("by", selection.by), *([("stratify", column[0])] if (column := selection.intervals()) else [])]
     for option, column in asked:
         if columns.split_name(column, option)[0] not in made:
@@ -197,6 +200,42 @@ def score(run: Run, weights: WeightOptions, workers: WorkerOptions) -> dict[str,
     return counts
 
 
+def neighbors(run: Run, k: int, against: str | None = None, name: str | None = None) -> dict[str, Any]:
+    """Write the neighbours within the run, or in another one."""
+    other = None if against is None else Run.open(against, "against")
+    if other is not None:
+        name = name or storage.split_query(other.uri)[0].rstrip("/").rpartition("/")[2]
+        columns.check_name("name", name)
+    group = finding.group_of(name if other is not None else None)
+    with run.lease(group):
+        counts = finding.neighbors(run, k, other, name if other is not None else None)
+    say(f"neighbors: {counts['rows']:,} rows, {_how_searched(counts)}, {duration(counts['seconds'])}")
+    if not counts["pictures"]:
+        say("neighbors: embeddings of an older version know nothing of their pictures; embed again to find duplicates")
+    elif other is not None:
+        say(
+            f"neighbors: {counts['duplicates']:,} of {counts['rows']:,} pictures are in {other.uri} too, "
+            f"{counts['identical']:,} of them byte for byte; which is in {run.path(group)}"
+        )
+    else:
+        say(
+            f"neighbors: {counts['duplicates']:,} duplicates in {counts['duplicate_groups']:,} groups, "
+            f"{counts['identical']:,} of them byte for byte, the largest group of {counts['largest_group']:,}"
+        )
+    return counts
+
+
+def _how_searched(counts: dict[str, Any]) -> str:
+    if not counts["searched"]:
+        return "already there" if not counts["shards_done"] else "votes taken again, nothing searched"
+    if counts["exact"]:
+        return f"{counts['k']} nearest of each, all pairs compared"
+    return (
+        f"{counts['k']} nearest of each in {counts['probes']} of {counts['cells']} cells, "
+        f"recall {counts['recall']:.3f} of the exact ones"
+    )
+
+
 def select(run: Run, chosen: selecting.Rule, options: SubsetOptions) -> dict[str, Any]:
     """Write a subset."""
     columns.check_name("name", options.name)
@@ -211,10 +250,12 @@ def select(run: Run, chosen: selecting.Rule, options: SubsetOptions) -> dict[str
     return entry
 
 
-def select_hard(run: Run, options: SubsetOptions, seed: int) -> dict[str, Any]:
-    """curate's subset: hard, and with a label that its own features do not speak against."""
+def select_hard(run: Run, options: SubsetOptions, seed: int, once: bool = False) -> dict[str, Any]:
+    """curate's subset: hard, with a label that its own features do not speak against, and if asked for without duplicates."""
     options = ranked_by_what_is_there(run, options)
     trusted = with_trusted_labels(run, options)
+    if once:
+        options, trusted = _without_duplicates(options), _without_duplicates(trusted)
     try:
         return select(run, rule(trusted, seed), trusted)
     except selecting.NothingPasses:
@@ -222,6 +263,10 @@ def select_hard(run: Run, options: SubsetOptions, seed: int) -> dict[str, Any]:
             raise
     say(f"select: no sample passes {TRUSTED!r}, so by {options.by} alone: wrong labels may be among them")
     return select(run, rule(options, seed), options)
+
+
+def _without_duplicates(options: SubsetOptions) -> SubsetOptions:
+    return dataclasses.replace(options, where=f"({options.where}) and {ONCE}" if options.where else ONCE)
 
 
 def report(run: Run, tracker: Tracker, class_names: Sequence[str] = ()) -> dict[str, Any]:

@@ -157,6 +157,49 @@ def _of_many(query: np.ndarray, references: np.ndarray, k: int, own: int, kth: f
     return found.positions[0], found.similarity[0]
 
 
+def above(queries: np.ndarray, references: np.ndarray, floor: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """All pairs that are at least as similar as each query's floor, to within the rounding of float32.
+
+    Parameters
+    ----------
+    queries, references : ndarrays of shape (n, d) and (N, d), float32, rows of length 1 or 0
+    floor : array of shape (n,)
+
+    Returns
+    -------
+    rows, columns : ndarrays of shape (m,), int64
+        The query and the reference of each pair.
+    similarity : ndarray of shape (m,), float32
+        As in `nearest`.
+    """
+    found = []
+    step = max(1, BLOCK_VALUES // len(references))
+    for start in range(0, len(queries), step):
+        products = queries[start : start + step] @ references.T
+        rows, columns = np.nonzero(products >= (floor[start : start + step, None] - MARGIN).astype(np.float32))
+        found.append((rows + start, columns))
+    rows, columns = (np.concatenate(parts) for parts in zip(*found))
+    similarity = np.empty(len(rows), np.float32)
+    step = max(1, BLOCK_VALUES // (8 * queries.shape[1]))
+    for start in range(0, len(rows), step):
+        pair = slice(start, start + step)
+        similarity[pair] = similarity_of_pairs(queries[rows[pair]], references[columns[pair]])
+    return rows, columns, similarity
+
+
+def with_pairs(lists: Nearest, rows: np.ndarray, positions: np.ndarray, similarity: np.ndarray) -> None:
+    """Take pairs into the lists of n queries, in place: `rows` (m,) says whose; ties by position."""
+    touched, row = np.unique(rows, return_inverse=True)
+    k = lists.positions.shape[1]
+    row = np.concatenate([np.repeat(np.arange(len(touched)), k), row])
+    positions = np.concatenate([lists.positions[touched].ravel(), positions])
+    similarity = np.concatenate([lists.similarity[touched].ravel(), similarity])
+    order = np.lexsort((positions, -similarity, row))
+    starts = np.searchsorted(row[order], np.arange(len(touched)))
+    best = order[starts[:, None] + np.arange(k)]
+    lists.positions[touched], lists.similarity[touched] = positions[best], similarity[best]
+
+
 def merged(parts: list[Nearest], k: int) -> Nearest:
     """The k nearest of the same queries out of lists over different references; ties by position.
 

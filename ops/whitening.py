@@ -5,6 +5,7 @@ each direction measured in its own standard deviation.
 """
 
 import dataclasses
+from typing import NamedTuple
 
 import numpy as np
 
@@ -14,6 +15,36 @@ CHUNK_ROWS = 8_192
 ROWS_PER_DIRECTION = (
     4  # fewer samples than this times d: the smallest eigenvalues are mostly noise, see `fit_whitening`
 )
+
+
+class Moments(NamedTuple):
+    """Sums of samples about a pilot mean: how many, their sum (d,) and their scatter (d, d), float64."""
+
+    count: int
+    total: np.ndarray
+    scatter: np.ndarray
+
+    @classmethod
+    def of(cls, features: np.ndarray, pilot: np.ndarray) -> "Moments":
+        """Of features (n, d), any float type, about `pilot` (d,)."""
+        d = len(pilot)
+        count, total, scatter = 0, np.zeros(d), np.zeros((d, d))
+        for start in range(0, len(features), CHUNK_ROWS):
+            x = features[start : start + CHUNK_ROWS].astype(np.float64) - pilot
+            count, total, scatter = count + len(x), total + x.sum(axis=0), scatter + x.T @ x
+        return cls(count, total, scatter)
+
+    def merge(self, other: "Moments") -> "Moments":
+        """Of both together; the pilot is the same."""
+        return Moments(*(ours + theirs for ours, theirs in zip(self, other)))
+
+    def whitening(self, pilot: np.ndarray) -> "Whitening":
+        """The whitening that these samples give; ValueError without any."""
+        if not self.count:
+            raise ValueError("features: no sample to take a mean of")
+        offset = self.total / self.count
+        covariance = self.scatter / self.count - np.outer(offset, offset)
+        return fit_whitening(pilot + offset, (covariance + covariance.T) / 2, self.count)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

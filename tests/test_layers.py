@@ -12,7 +12,7 @@ FORBIDDEN = {
     "jobs": set(),
 }
 # The packages of pipelines/ in the order in which data flow: each imports from those before it only.
-PACKAGES = ("runs", "corpus", "curation", "training", "evaluation", "confusion", "report", "planning")
+PACKAGES = ("runs", "corpus", "curation", "neighbors", "training", "evaluation", "confusion", "report", "planning")
 MODULES = [path for package in FORBIDDEN for path in sorted((ROOT / package).rglob("*.py"))]
 
 

@@ -54,6 +54,21 @@ SCORES = {
     "difficulty.kmeans": Score(
         "Euclidean distance to the nearest k-means centre", "larger = harder", "distance in the embedding", "hardset"
     ),
+    "neighbors.vote": Score(
+        "similarity-weighted share of the commonest other label among the nearest, less the share of the sample's own",
+        "larger = more suspicious label; above 0 = the nearest have another one",
+        "difference of fractions, in [-1, 1]",
+        "hardset",
+    ),
+    "neighbors.density": Score(
+        "mean similarity of the nearest", "larger = more typical; smaller = an outlier", "cosine in [-1, 1]", "hardset"
+    ),
+    "neighbors.duplicate_similarity": Score(
+        "correlation of the picture's details with the nearest picture of its group",
+        "larger = more alike; 1 = the same bytes",
+        "correlation in [0, 1]",
+        "hardset",
+    ),
     "confusion.confusion": Score(
         "entropy of the members' mean probabilities, mean over epochs",
         "larger = harder",

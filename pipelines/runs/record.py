@@ -26,7 +26,7 @@ RECORD_WAIT_S = 60.0  # run.json is written in a moment, even with a million sha
 # What --overwrite removes: only what stages write, never a folder that merely happens to lie there.
 PRODUCTS = (
     STAGES, columns.EMBEDDINGS, columns.DIFFICULTY, columns.QUARANTINE, "gaussians.npz", "kmeans.npz", "confusion", "correctness",
-    "predictions", "trust", "percentiles", "subsets", "report", "evaluation", "models", ".parts",
+    "predictions", "trust", "percentiles", "subsets", "report", "evaluation", "models", "neighbors", ".parts",
 )  # fmt: skip
 LIBRARIES = ("hardset", "ray", "torch", "torchvision", "numpy", "pyarrow", "open_clip_torch", "timm", "webdataset")
 

@@ -1,0 +1,141 @@
+"""The first pass: rows of a run, whitened and filed by cell, a file for each block of consecutive shards.
+
+A file holds a record batch per cell, so that a search reads the cells that it looks into and no others.
+"""
+
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+
+from ops.cells import nearest_cells
+from ops.fingerprints import SIDE
+from ops.neighbors import Nearest, nearest
+from ops.whitening import Whitening
+from pipelines.neighbors.ids import ids_of
+from pipelines.runs import column_groups, columns, storage
+
+BLOCK_BYTES = 256 << 20  # of vectors and pictures that a task holds; a larger shard is a block by itself
+PICTURE_FIELDS = ("sha256", "fingerprint", "width", "height", "bytes")
+
+
+class Filed(NamedTuple):
+    """A block that is filed: the rows of each cell (C,), and the sample queries' nearest in it with the cells they lie in."""
+
+    counts: np.ndarray
+    nearest: Nearest | None
+    homes: np.ndarray | None
+
+
+def blocks_of(embedded: Sequence[dict[str, Any]], width: int) -> list[list[int]]:
+    """Consecutive shards together, at most `BLOCK_BYTES` of filed rows."""
+    most = BLOCK_BYTES // (4 * width + SIDE * SIDE + 64)
+    blocks, rows = [], 0
+    for shard, facts in enumerate(embedded):
+        if not blocks or rows + facts["rows"] > most:
+            blocks.append([])
+            rows = 0
+        blocks[-1].append(shard)
+        rows += facts["rows"]
+    return blocks
+
+
+def file_block(
+    block: int,
+    shards: Sequence[int],
+    run_uri: str,
+    folder: str,
+    whitening: Whitening,
+    centres: np.ndarray,
+    probe: tuple[np.ndarray, np.ndarray, int] | None,
+) -> Filed:
+    """Ray task: file one block, unless it is filed; `probe` = vectors, their own ids (−1: none) and k of sample queries."""
+    path = storage.join(folder, f"{block:06d}.arrow")
+    if not storage.exists(path):
+        table = pa.concat_tables([_whitened(run_uri, shard, whitening) for shard in shards])
+        own = nearest_cells(columns.vectors(table["vector"]), centres, 1)[:, 0] if table.num_rows else np.zeros(0, int)
+        order = np.lexsort((table["id"].to_numpy(), own))
+        table, starts = table.take(order), np.searchsorted(own[order], np.arange(len(centres) + 1))
+        with storage.write_atomic(path) as stream, pa.ipc.new_file(stream, table.schema) as writer:
+            for start, stop in itertools.pairwise(starts):
+                writer.write_batch(_batch(table.slice(start, stop - start)))
+    file = _open(folder, block, ["id", "vector"])
+    batches = [file.get_batch(cell) for cell in range(len(centres))]
+    counts = np.array([batch.num_rows for batch in batches])
+    if probe is None:
+        return Filed(counts, None, None)
+    return Filed(counts, *_probed(pa.Table.from_batches(batches), counts, *probe))
+
+
+def _batch(table: pa.Table) -> pa.RecordBatch:
+    batches = table.combine_chunks().to_batches()
+    return batches[0] if batches else pa.RecordBatch.from_pylist([], schema=table.schema)
+
+
+def _whitened(run_uri: str, shard: int, whitening: Whitening) -> pa.Table:
+    """The rows of a shard as they are filed; what a run of an older version does not know of its pictures is null."""
+    there = set(column_groups.schema(run_uri, columns.EMBEDDINGS, shard).names)
+    pictures = [name for name in PICTURE_FIELDS if name in there]
+    table = column_groups.read(run_uri, columns.EMBEDDINGS, shard, ["row", "embedding", *pictures])
+    vectors = columns.vectors(table["embedding"])
+    directions = whitening.apply(vectors) if len(vectors) else np.zeros((0, len(whitening.mean)), np.float32)
+    data = {"id": ids_of(shard, table["row"].to_numpy()), "vector": columns.vector_array(directions, pa.float32())}
+    data |= {name: table[name].cast(kind) for name, kind in _kinds().items() if name in there}
+    data |= {name: pa.nulls(table.num_rows, kind) for name, kind in _kinds().items() if name not in there}
+    return pa.table(data)
+
+
+def _kinds() -> dict[str, pa.DataType]:
+    sizes = dict.fromkeys(("width", "height", "bytes"), pa.int64())
+    return {"sha256": pa.binary(16), "fingerprint": pa.binary(SIDE * SIDE), **sizes}
+
+
+class FiledRows:
+    """The filed rows of a folder, with the columns `names`; each block's file is opened once, its cells are read as asked.
+
+    Parameters
+    ----------
+    folder : str
+    counts : ndarray of shape (blocks, C)
+        Rows of each block and cell: where there are none, nothing is opened.
+    names : sequence of str
+    """
+
+    def __init__(self, folder: str, counts: np.ndarray, names: Sequence[str]):
+        self.folder, self.counts, self.names = folder, counts, names
+        self._files: dict[int, pa.ipc.RecordBatchFileReader] = {}
+
+    def cell(self, cell: int) -> Iterator[pa.RecordBatch]:
+        """The rows of a cell, a batch for each block that has some; their ids rise."""
+        for block in np.flatnonzero(self.counts[:, cell]).tolist():
+            if block not in self._files:
+                self._files[block] = _open(self.folder, block, self.names)
+            yield self._files[block].get_batch(cell)
+
+
+def _open(folder: str, block: int, names: Sequence[str]) -> pa.ipc.RecordBatchFileReader:
+    filesystem, path = storage.open_filesystem(storage.join(folder, f"{block:06d}.arrow"))
+    stream = filesystem.open_input_file(path)
+    schema = pa.ipc.open_file(stream).schema
+    options = pa.ipc.IpcReadOptions(included_fields=[schema.get_field_index(name) for name in names])
+    return pa.ipc.open_file(stream, options=options)
+
+
+def _probed(
+    table: pa.Table, counts: np.ndarray, queries: np.ndarray, own: np.ndarray, k: int
+) -> tuple[Nearest, np.ndarray]:
+    """The nearest of sample queries in a block, by ids, and the cell of each."""
+    ids, homes = table["id"].to_numpy(), np.repeat(np.arange(len(counts)), counts)
+    order = np.argsort(ids)  # ties by shard and row
+    if not len(ids):
+        nothing = np.full((len(queries), 0), -1)
+        return Nearest(nothing, nothing.astype(np.float32)), nothing
+    at = np.searchsorted(ids[order], own).clip(max=len(ids) - 1)
+    found = nearest(queries, columns.vectors(table["vector"])[order], k, np.where(ids[order][at] == own, at, -1))
+    there = found.positions >= 0
+    return (
+        Nearest(np.where(there, ids[order][found.positions], -1), found.similarity),
+        np.where(there, homes[order][found.positions], -1),
+    )
