@@ -80,10 +80,13 @@ class Command:
 
     def _run(self, options: list[Any]) -> int:
         from pipelines.runs.holder import COMMAND
+        from pipelines.runs.retries import StorageError, waiting_for_storage
 
         COMMAND.set(f"hardset {self.name}")
+        asked = next((g.storage_retry_s for g in options if getattr(g, "storage_retry_s", None) is not None), None)
         try:
-            result = self.body(*options)
+            with waiting_for_storage(asked):
+                result = self.body(*options)
         except KeyboardInterrupt:
             return self._fail(1, "stopped; finished shards are kept, the same command goes on from there")
         except Exception as error:
@@ -92,6 +95,8 @@ class Command:
                 return self._fail(1, _with_flags(str(cause)))
             if isinstance(cause, UserError) and not os.environ.get("HARDSET_TRACEBACK"):
                 return self._fail(2, f"error: {_told(cause)}")
+            if isinstance(cause, StorageError):
+                return self._fail(1, f"{cause}; finished shards are kept")
             if isinstance(cause, (OSError, *_ray_errors("RayError"))) and not os.environ.get("HARDSET_TRACEBACK"):
                 return self._fail(1, f"{type(cause).__name__}: {cause}; finished shards are kept")
             raise

@@ -32,6 +32,11 @@ class SessionOptions:
     """a cluster's address, local for a Ray of its own, or auto: RAY_ADDRESS where it is set (as in a Ray job), else local"""
     ray_cpus: int | None = None
     """CPU cores of a local Ray (default: all)"""
+    storage_retry_s: float | None = None
+    """how long an object store that fails is waited for, in seconds (default: HARDSET_STORAGE_RETRY_S, else 300)"""
+
+    def __post_init__(self) -> None:
+        at_least(self, 0, ("storage_retry_s",))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,6 +49,7 @@ class RunOptions(SessionOptions):
     """MLflow tracking URI, or none (default: MLFLOW_TRACKING_URI, else sqlite in ./mlflow.db)"""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         named(self, ("run",))
 
 

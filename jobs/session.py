@@ -13,6 +13,7 @@ from typing import Any
 from jobs.options import RunOptions, SessionOptions
 from pipelines.runs import cluster
 from pipelines.runs.errors import UserError
+from pipelines.runs.retries import RETRY_VARIABLE
 
 # Read when Ray is imported, which therefore happens inside the functions below.
 RAY_SETTINGS = {
@@ -37,7 +38,7 @@ def ray_session(options: SessionOptions) -> Iterator[None]:
     cpus = (options.ray_cpus or cluster.cores()) if address == "local" else None
 
     def start() -> None:
-        own = {"num_cpus": cpus, "include_dashboard": False} if address == "local" else {}
+        own = {"num_cpus": cpus, "include_dashboard": False} if address == "local" else _for_workers()
         try:
             start_ray(address=address, **own)
         except ConnectionError as error:
@@ -48,6 +49,12 @@ def ray_session(options: SessionOptions) -> Iterator[None]:
 
     with cluster.session(start, cpus):
         yield
+
+
+def _for_workers() -> dict[str, Any]:
+    """What workers of a cluster do not inherit from this process."""
+    patience = os.environ.get(RETRY_VARIABLE)
+    return {"runtime_env": {"env_vars": {RETRY_VARIABLE: patience}}} if patience else {}
 
 
 def start_ray(tries: int = 3, **options: Any) -> None:

@@ -77,6 +77,17 @@ def s3_folder(s3_server, request):
     return f"s3://{bucket}/folder"
 
 
+@pytest.fixture
+def faulty(s3_server, s3_folder):
+    """A proxy before the S3 server, and `s3_folder` through it: `faulty.set(rule)` says what goes wrong."""
+    from tests.faulty_proxy import FaultyProxy
+
+    proxy = FaultyProxy(s3_server)
+    proxy.folder = f"{s3_folder}?scheme=http&endpoint_override={proxy.endpoint.removeprefix('http://')}"
+    yield proxy
+    proxy.close()
+
+
 @pytest.fixture(scope="session")
 def make_image():
     """make_image(seed, size=16, format="JPEG") -> the bytes of a small picture that is not uniform."""

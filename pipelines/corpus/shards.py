@@ -9,10 +9,9 @@ import hashlib
 import itertools
 import json
 import tarfile
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -28,14 +27,15 @@ from pipelines.corpus.samples import (
     read_samples,
 )
 from pipelines.corpus.shardlist import find_shards
-from pipelines.corpus.tarstream import BLOCK, CHUNK_BYTES, ByteStream, Member, StorageError, TarDamage, TarStream
+from pipelines.corpus.tarstream import BLOCK, CHUNK_BYTES, ByteStream, Member, TarDamage, TarStream
 from pipelines.runs import storage
 from pipelines.runs.record import Shard
+from pipelines.runs.retries import StorageError, retrying
 
 # Ray's default of 128 MiB made a reader take 464-494 MiB of memory; 16 MiB blocks made it 237.
 BLOCK_BYTES = 16 << 20
-TRIES = 4
-BACKOFF_S = 1.0
+# Buckets whose ETags are not the MD5 of the bytes, though they look like it: known after one shard was read twice.
+_without_md5: set[str] = set()
 _ROW_BYTES = 256  # about what a row weighs besides its image
 
 SAMPLES = pa.schema(
@@ -51,6 +51,10 @@ SAMPLES = pa.schema(
         pa.field("end", pa.string()),  # JSON on the last row of a shard, null on all others
     ]
 )
+
+
+class WrongAnswer(ConnectionError):
+    """The storage gave other bytes than the file holds: another reading may give the right ones."""
 
 
 class ShardChanged(StorageError):
@@ -93,7 +97,7 @@ def expand_shards(spec: str, run: str | None = None, tell: Callable[[str], objec
 
 def shard_digest(url: str) -> str:
     """sha256 of a shard's bytes, in hexadecimal: what the end of its reading says as `digest`."""
-    return _with_retries(url, lambda: _digest(url))
+    return retrying(url, lambda: _digest(url))
 
 
 def read_shard(
@@ -103,7 +107,7 @@ def read_shard(
     block_bytes: int = BLOCK_BYTES,
     max_image_bytes: int = MAX_IMAGE_BYTES,
 ) -> Iterator[pa.Table]:
-    """One shard's tables; a StorageError that names it if the storage fails `TRIES` times or the shard has changed.
+    """One shard's tables; a StorageError that names it if the storage fails for too long or the shard has changed.
 
     The last row has `end`, JSON with `entries` (rows before that one), `samples` (numbered, good or not), `left_out`,
     `ignored` (members of no sample, such as README), `apart` (of the samples: parts of one that the tar does not keep
@@ -114,15 +118,22 @@ def read_shard(
     Ray may have taken earlier tables when the storage fails, so another try reads from the start and yields what
     follows these: tables depend on nothing but the shard's bytes.
     """
-    done = 0
-    for attempt in itertools.count(1):
+    done, tables = 0, None
+
+    def following() -> pa.Table | None:
+        nonlocal tables
+        if tables is None:
+            whole = _tables(number, shard, labels, block_bytes, max_image_bytes)
+            tables = itertools.islice(whole, done, None)
         try:
-            for table in itertools.islice(_tables(number, shard, labels, block_bytes, max_image_bytes), done, None):
-                yield table
-                done += 1
-            return
-        except StorageError as error:
-            _wait_or_raise(shard.url, attempt, error)
+            return next(tables, None)
+        except OSError:
+            tables = None  # from the start
+            raise
+
+    while (table := retrying(shard.url, following)) is not None:
+        yield table
+        done += 1
 
 
 def iter_images(number: int, shard: Shard, rows: np.ndarray) -> Iterator[tuple[np.ndarray, list[bytes]]]:
@@ -149,7 +160,7 @@ def read_images(shard: Shard, rows: Sequence[int]) -> list[tuple[int, bytes]]:
 
     StorageError if the storage fails, its kind ShardChanged if the shard does not hold a row's image any more.
     """
-    return _with_retries(shard.url, lambda: _images(shard, set(rows)))
+    return retrying(shard.url, lambda: _images(shard, set(rows)))
 
 
 class SubsetSample(NamedTuple):
@@ -205,7 +216,7 @@ def write_subset_shard(
             writer.close()
         return written
 
-    return _with_retries(uri, write)
+    return retrying(uri, write)
 
 
 class _TableBuilder:
@@ -234,8 +245,9 @@ class _TableBuilder:
 def _tables(
     number: int, shard: Shard, labels: LabelSource, block_bytes: int, max_image_bytes: int
 ) -> Iterator[pa.Table]:
-    stream, builder, numbering = _open(shard.url), _TableBuilder(number), SampleNumbering()
-    samples = left_out = 0
+    md5 = storage.stored_md5(shard.url) if _bucket_of(shard.url) not in _without_md5 else None
+    stream, builder, numbering = _open(shard.url, md5), _TableBuilder(number), SampleNumbering()
+    samples = left_out = damaged = 0
     try:
         tar = TarStream(stream)
         for entry in read_samples(tar, labels, max_image_bytes, numbering, shard.image, shard.size):
@@ -244,14 +256,12 @@ def _tables(
                 yield builder.table()
             builder.add(entry)
             samples += entry.row is not None
+            damaged += entry.row is None
             left_out += entry.reason is not None
         stream.drain()
     finally:
         stream.close()
-    if shard.size and stream.position != shard.size:
-        raise StorageError(
-            f"{stream.position} bytes came instead of {shard.size}: cut by the storage, or it has changed"
-        )
+    _check_whole(shard, stream, damaged)
     yield builder.table(
         {
             "samples": samples,
@@ -267,6 +277,32 @@ def _tables(
             "seconds": stream.seconds,
         }
     )
+
+
+def _check_whole(shard: Shard, stream: ByteStream, damaged: bool) -> None:
+    """An error that can pass unless what came is what the store holds, as far as this can be known.
+
+    Where the shard seems damaged, or its bytes are not those of the store's checksum, it is read once more: a store that
+    answers twice differently is at fault, not the shard.
+    """
+    if shard.size and stream.position != shard.size:
+        now = storage.file_size(shard.url)
+        if now is not None and now != shard.size:
+            raise ShardChanged(
+                f"shard {shard.url}: it has {now} bytes instead of {shard.size}, so it has changed since it was listed; "
+                "start the same command again"
+            )
+        raise WrongAnswer(f"{stream.position} bytes came instead of {shard.size}")
+    differs = stream.expected_md5 is not None and stream.md5() != stream.expected_md5
+    if damaged or differs:
+        if _digest(shard.url) != stream.digest():
+            raise WrongAnswer("two readings of it differ")
+        if differs:
+            _without_md5.add(_bucket_of(shard.url))
+
+
+def _bucket_of(url: str) -> str:
+    return url[: url.find("/", url.find("://") + 3)] if storage.scheme_of(url) == "s3" else ""
 
 
 def _images(shard: Shard, wanted: set[int]) -> list[tuple[int, bytes]]:
@@ -297,13 +333,13 @@ def _check_found(shard: Shard, missing: set[int], why: str) -> None:
         raise ShardChanged(f"shard {shard.url} holds no image of row {min(missing)} any more: {why}; embed it again")
 
 
-def _open(url: str) -> ByteStream:
+def _open(url: str, expected_md5: str | None = None) -> ByteStream:
     def open_raw() -> BinaryIO:
         filesystem, path = storage.open_filesystem(url)
         return filesystem.open_input_stream(path, compression=None)
 
     try:
-        return ByteStream(open_raw, CHUNK_BYTES)
+        return ByteStream(open_raw, CHUNK_BYTES, expected_md5)
     except FileNotFoundError as error:
         raise ShardMissing(f"shard {url}: it is not there any more") from error
 
@@ -315,24 +351,6 @@ def _digest(url: str) -> str:
         return stream.digest()
     finally:
         stream.close()
-
-
-def _with_retries(url: str, work: Callable[[], Any]) -> Any:
-    attempt = 0
-    while True:
-        attempt += 1
-        try:
-            return work()
-        except StorageError as error:
-            _wait_or_raise(url, attempt, error)
-
-
-def _wait_or_raise(url: str, attempt: int, error: OSError) -> None:
-    if isinstance(error, ShardChanged | ShardMissing):
-        raise error
-    if attempt == TRIES:
-        raise StorageError(f"shard {url}: gave up after {TRIES} tries: {error}") from error
-    time.sleep(BACKOFF_S * 2 ** (attempt - 1))
 
 
 class _SubsetWriter:

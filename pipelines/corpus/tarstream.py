@@ -15,6 +15,8 @@ import zlib
 from collections.abc import Callable, Iterator
 from typing import BinaryIO, NamedTuple
 
+from pipelines.runs.retries import StorageError, can_pass
+
 BLOCK = 512
 CHUNK_BYTES = 4 << 20  # one request on an object store
 END_BYTES = 64 << 10  # of each end of a shard: by these it is known again elsewhere
@@ -24,10 +26,6 @@ MAX_TEXT_BYTES = 64 << 10  # of a name in an extended header; the rest of a long
 _REGULAR = b"\x000\x37"  # NUL (v7), "0", "7" (contiguous)
 _BODILESS = b"123456"  # links, devices, folders, pipes: their size field means nothing
 _GZIP = b"\x1f\x8b"
-
-
-class StorageError(OSError):
-    """The storage failed, not the data: worth another try, and never a reason to leave a sample out."""
 
 
 class TarDamage(Exception):
@@ -115,11 +113,16 @@ class ByteStream(Chunks):
     ----------
     seconds : float
         Spent opening and reading the storage.
+    expected_md5 : str or None
+        What the store says of the whole file; only then `md5()` is computed.
     """
 
-    def __init__(self, open_raw: Callable[[], BinaryIO], chunk_bytes: int = CHUNK_BYTES):
+    def __init__(
+        self, open_raw: Callable[[], BinaryIO], chunk_bytes: int = CHUNK_BYTES, expected_md5: str | None = None
+    ):
         super().__init__()
-        self.seconds = 0.0
+        self.seconds, self.expected_md5 = 0.0, expected_md5
+        self._md5 = hashlib.md5(usedforsecurity=False)
         self._hash, self._head, self._tail, self._chunk_bytes = hashlib.sha256(), b"", b"", chunk_bytes
         self._raw = self._timed(open_raw)
 
@@ -131,12 +134,18 @@ class ByteStream(Chunks):
         """sha256, in hexadecimal, of the first and the last 64 KiB fetched so far, which overlap in a small file."""
         return hashlib.sha256(self._head + self._tail).hexdigest()
 
+    def md5(self) -> str:
+        """MD5, in hexadecimal, of every byte fetched so far; only where one is expected."""
+        return self._md5.hexdigest()
+
     def close(self) -> None:
         self._raw.close()
 
     def _fetch(self) -> bytes:
         chunk = self._timed(lambda: self._raw.read(self._chunk_bytes))
         self._hash.update(chunk)
+        if self.expected_md5 is not None:
+            self._md5.update(chunk)
         if len(self._head) < END_BYTES:
             self._head = (self._head + chunk)[:END_BYTES]
         self._tail = chunk[-END_BYTES:] if len(chunk) >= END_BYTES else (self._tail + chunk)[-END_BYTES:]
@@ -146,9 +155,11 @@ class ByteStream(Chunks):
         start = time.perf_counter()
         try:
             return call()
-        except FileNotFoundError:
+        except (FileNotFoundError, StorageError):
             raise
         except Exception as error:  # object-store clients raise types of their own; all of them are the storage's fault
+            if can_pass(error):
+                raise  # of a mounted file system: who reads tries again
             raise StorageError(f"{type(error).__name__}: {str(error).strip() or 'no message'}") from error
         finally:
             self.seconds += time.perf_counter() - start

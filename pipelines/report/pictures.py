@@ -10,9 +10,9 @@ from PIL import Image
 
 from ops.decoding import ImageError, decode_picture
 from pipelines.corpus.shards import ShardChanged, read_images
-from pipelines.corpus.tarstream import StorageError
 from pipelines.report.scan import Limits
 from pipelines.runs.record import Run, Shard
+from pipelines.runs.retries import StorageError
 from pipelines.runs.tasks import in_order
 
 SIZE = 128  # pixels of the longer side; smaller pictures stay as they are

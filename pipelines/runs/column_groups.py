@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import pyarrow as pa
+import pyarrow.compute  # as pa.compute, here and in all modules that import this one
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 

@@ -4,11 +4,15 @@ A URI is a local path (`~` and relative ones too), `file:…`, a scheme pyarrow 
 knows. Object keys are taken literally, as the AWS tools take them: `%20` in an `s3://` URI is three characters, not a
 space (pyarrow alone would decode it). `file:` URIs are percent-decoded, as `Path.as_uri` writes them. S3 reads its
 endpoint, region and keys from the environment (`AWS_ENDPOINT_URL`, …) and options from the query (`?region=eu-west-1`).
+
+Every request to a filesystem that is not local is tried again while what it meets can pass (`pipelines.runs.retries`).
+Inside a run directory no link is followed in order to write or delete.
 """
 
 import base64
 import contextlib
 import functools
+import mmap
 import os
 import re
 import secrets
@@ -23,11 +27,18 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
+<<<<<<< HEAD
 from pipelines.runs.errors import UserError
+=======
+from pipelines.runs import local_files
+from pipelines.runs.remote import RetryingHandler
+from pipelines.runs.retries import StorageError, retrying
+>>>>>>> 72d2a97 (All storage traffic goes through one retry layer: what can pass is waited for (--storage-retry-s), what lasts ends at once in a line that says what to do; a store that answers wrongly costs no sample; no link inside a run is followed)
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://")
 _QUERY = re.compile(r"\?[a-z_]+=.*")
 _BUCKETS = ("s3", "gs", "gcs")
+S3_TRIES = 3  # of the client itself: a connection that was closed while idle is nothing to be said
 
 
 def first_line(error: BaseException) -> str:
@@ -80,7 +91,8 @@ def open_filesystem(uri: str | os.PathLike) -> tuple[pafs.FileSystem, str]:
     Returns
     -------
     filesystem : pyarrow.fs.FileSystem
-        fsspec's ones come wrapped.
+        One that is not local tries each request again while it can succeed; it reads, lists and deletes, and is
+        written to by `write_atomic` alone.
     path : str
 
     Raises
@@ -95,11 +107,18 @@ def open_filesystem(uri: str | os.PathLike) -> tuple[pafs.FileSystem, str]:
     try:
         if scheme in _BUCKETS:
             return _open_bucket(text)
-        return pafs.FileSystem.from_uri(_quoted(text))
+        filesystem, inner = pafs.FileSystem.from_uri(_quoted(text))
+        return _retrying(filesystem, scheme), inner
     except pa.ArrowInvalid as error:
         if "Unrecognized filesystem" in str(error):
             return _open_fsspec(text)
+<<<<<<< HEAD
         raise UserError(f"{text}: {first_line(error)}") from error
+=======
+        raise ValueError(f"{text}: {first_line(error)}") from error
+    except StorageError:
+        raise
+>>>>>>> 72d2a97 (All storage traffic goes through one retry layer: what can pass is waited for (--storage-retry-s), what lasts ends at once in a line that says what to do; a store that answers wrongly costs no sample; no link inside a run is followed)
     except OSError as error:
         raise UserError(f"{text}: {first_line(error)}") from error
 
@@ -151,11 +170,30 @@ def read_bytes(uri: str | os.PathLike) -> bytes:
         return stream.read()
 
 
+def stored_md5(uri: str | os.PathLike) -> str | None:
+    """The MD5 of an object's bytes, in hexadecimal, as the store noted it; None where it has none.
+
+    S3 calls it the ETag of an object that was not uploaded in parts. With some kinds of encryption the ETag looks the same
+    and is none, so what differs from it is a reason to read again, not a proof of anything.
+    """
+    if scheme_of(uri) != "s3":
+        return None
+    filesystem, path = open_filesystem(uri)
+    etag = str(filesystem.handler.version(path)[1] or "").strip('"')
+    return etag if re.fullmatch(r"[0-9a-f]{32}", etag) else None
+
+
+def file_size(uri: str | os.PathLike) -> int | None:
+    """Bytes of a file as the store tells them now; None if there is none."""
+    filesystem, path = open_filesystem(uri)
+    return filesystem.get_file_info(path).size
+
+
 def remove_tree(uri: str | os.PathLike) -> None:
     """Delete the file, or the folder with all below it, if there is one. A link is unlinked, not followed."""
     local = local_path(uri)
-    if local is not None and local.is_symlink():
-        local.unlink()
+    if local is not None:
+        local_files.remove(local)
         return
     filesystem, path = open_filesystem(uri)
     kind = filesystem.get_file_info(path).type
@@ -165,13 +203,20 @@ def remove_tree(uri: str | os.PathLike) -> None:
         filesystem.delete_file(path)
 
 
+def sweep(uri: str | os.PathLike) -> int:
+    """Delete the temporary files that killed writers left below a local folder; returns how many. See `local_files`."""
+    local = local_path(uri)
+    return 0 if local is None else local_files.sweep(local)
+
+
 @contextlib.contextmanager
 def write_atomic(uri: str | os.PathLike, *, sync: bool = True) -> Iterator[BinaryIO]:
     """A local binary file to write to; on leaving without an exception it appears whole at `uri`, else nothing does.
 
-    Locally the file is `.NAME.tmp-PID-RANDOM` beside the target, renamed over it at the end. For an object store it
-    lies in the temporary folder and goes up as one object after it is complete (an object is visible only once its
-    upload has ended). A filesystem that only fsspec knows is treated as an object store.
+    Locally the file is `.NAME.tmp-HOST-PID-RANDOM` beside the target, renamed over it at the end. For an object store it
+    lies in the temporary folder without a name, so that nothing of it outlives its process, and goes up as one object
+    after it is complete (an object is visible only once its upload has ended). A filesystem that only fsspec knows is
+    treated as an object store.
 
     Parameters
     ----------
@@ -179,23 +224,31 @@ def write_atomic(uri: str | os.PathLike, *, sync: bool = True) -> Iterator[Binar
         Target; its folders are made. An existing file is replaced.
     sync : bool
         Flush the file to the disk before the rename, so that a power cut can't leave an empty one.
+
+    Raises
+    ------
+    StorageError
+        If the upload fails, or the way to the target leads through a link inside a run directory.
     """
     target = local_path(uri)
-    if target is not None:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.with_name(f".{target.name}.tmp-{os.getpid()}-{secrets.token_hex(4)}")
-        try:
-            yield from _written(temporary)
-            if sync:
-                _sync(temporary)
-            os.replace(temporary, target)
-        finally:
-            temporary.unlink(missing_ok=True)
+    if target is None:
+        with tempfile.TemporaryFile(prefix="hardset-") as file:
+            yield file
+            file.flush()
+            _upload(file, uri)
         return
-    with tempfile.TemporaryDirectory(prefix="hardset-") as folder:
-        temporary = Path(folder, "upload")
-        yield from _written(temporary)
-        _upload(temporary, uri)
+    local_files.refuse_links(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = local_files.temporary_beside(target)
+    try:
+        with open(temporary, "xb") as file:
+            yield file
+            file.flush()
+            if sync:
+                os.fsync(file.fileno())
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def write_text_atomic(uri: str | os.PathLike, text: str) -> None:
@@ -270,17 +323,41 @@ def check_writable(uri: str | os.PathLike) -> None:
         raise UserError(f"{uri}: not writable ({first_line(error)}); name another output folder") from error
 
 
+def _retrying(filesystem: pafs.FileSystem, scheme: str) -> pafs.FileSystem:
+    return pafs.PyFileSystem(RetryingHandler(filesystem, f"{scheme}://"))
+
+
 @functools.lru_cache(maxsize=64)
-def _bucket(root: str) -> tuple[pafs.FileSystem, str]:
-    # Cached: without a region in the URI pyarrow asks the store for it, one request each time.
-    return pafs.FileSystem.from_uri(root)
+def _bucket(scheme: str, bucket: str, query: str) -> tuple[pafs.FileSystem, str]:
+    # Cached: without a region in the URI the store is asked for it, one request each time.
+    if scheme == "s3":
+        found = _s3(bucket, query)
+        if found is not None:
+            return _retrying(found, scheme), bucket
+    elif "retry_limit_seconds" not in query:  # by itself Google's client tries a quarter of an hour
+        query += ("&" if query else "?") + "retry_limit_seconds=10"
+    filesystem, root = retrying(f"{scheme}://{bucket}", lambda: pafs.FileSystem.from_uri(f"{scheme}://{bucket}{query}"))
+    return _retrying(filesystem, scheme), root
+
+
+def _s3(bucket: str, query: str) -> pafs.FileSystem | None:
+    """S3 with few tries of its own (`retries` has the rest); None where the URI asks for what is not known here."""
+    options = dict(urllib.parse.parse_qsl(query.removeprefix("?"), keep_blank_values=True))
+    if "@" in bucket or options.keys() - {"region", "scheme", "endpoint_override"}:
+        return None
+    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    if endpoint:
+        options.setdefault("endpoint_override", endpoint)
+    if not options.get("region") and "endpoint_override" not in options:
+        options["region"] = retrying(f"s3://{bucket}", lambda: pafs.resolve_s3_region(bucket))
+    return pafs.S3FileSystem(retry_strategy=pafs.AwsStandardS3RetryStrategy(max_attempts=S3_TRIES), **options)
 
 
 def _open_bucket(uri: str) -> tuple[pafs.FileSystem, str]:
     base, query = split_query(uri)
     scheme, rest = base.split("://", 1)
     bucket, _, key = rest.partition("/")
-    filesystem, root = _bucket(f"{scheme}://{bucket}{query}")
+    filesystem, root = _bucket(scheme.lower(), bucket, query)
     return filesystem, "/".join(part for part in (root.rstrip("/"), key.rstrip("/")) if part)
 
 
@@ -288,8 +365,13 @@ def _open_fsspec(uri: str) -> tuple[pafs.FileSystem, str]:
     try:
         filesystem, path = fsspec.core.url_to_fs(uri)
     except (ValueError, ImportError) as error:
+<<<<<<< HEAD
         raise UserError(f"{uri}: no filesystem for it ({first_line(error)})") from error
     return pafs.PyFileSystem(pafs.FSSpecHandler(filesystem)), path
+=======
+        raise UserError(f"{uri}: no filesystem for it ({first_line(error)})") from error
+    return _retrying(pafs.PyFileSystem(pafs.FSSpecHandler(filesystem)), scheme_of(uri)), path
+>>>>>>> 72d2a97 (All storage traffic goes through one retry layer: what can pass is waited for (--storage-retry-s), what lasts ends at once in a line that says what to do; a store that answers wrongly costs no sample; no link inside a run is followed)
 
 
 def _quoted(uri: str) -> str:
@@ -312,23 +394,8 @@ def _chain(first: pa.Table | None, rest: Iterator[pa.Table]) -> Iterator[pa.Tabl
         yield from rest
 
 
-def _written(path: Path) -> Iterator[BinaryIO]:
-    with open(path, "xb") as file:
-        yield file
-
-
-def _sync(path: Path) -> None:
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
-
-
-def _upload(source: Path, uri: str | os.PathLike) -> None:
+def _upload(source: BinaryIO, uri: str | os.PathLike) -> None:
     filesystem, path = open_filesystem(uri)
-    if not isinstance(filesystem, pafs.S3FileSystem | pafs.GcsFileSystem):
-        filesystem.create_dir(path.rpartition("/")[0], recursive=True)
-    # One write of the mapped file: nothing of ours can fail between the first byte and the last, and a part that the
-    # store refuses makes the close fail too, so a partial object never gets its name.
-    with filesystem.open_output_stream(path, compression=None) as stream:
-        if source.stat().st_size:
-            with pa.memory_map(str(source)) as mapped:
-                stream.write(mapped.read_buffer())
+    size = os.fstat(source.fileno()).st_size
+    data = mmap.mmap(source.fileno(), 0, access=mmap.ACCESS_READ) if size else b""
+    filesystem.handler.put(pa.py_buffer(data), path)

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from pipelines.corpus.shards import iter_images
-from pipelines.corpus.tarstream import StorageError
 from pipelines.runs import column_groups, columns
+from pipelines.runs.retries import StorageError
 from pipelines.training.decode import Augmentation, PictureDecoder, ahead
 from pipelines.training.groups import Resampling, scores
 from pipelines.training.source import Source

@@ -7,7 +7,8 @@ import tarfile
 
 import pytest
 
-from pipelines.corpus.tarstream import BLOCK, ByteStream, StorageError, TarDamage, TarStream
+from pipelines.corpus.tarstream import BLOCK, ByteStream, TarDamage, TarStream
+from pipelines.runs.retries import StorageError
 
 
 def walk(data: bytes, chunk_bytes: int = 1 << 20):

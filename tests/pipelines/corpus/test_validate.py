@@ -89,6 +89,6 @@ def test_findings_add_up_and_keep_the_first_examples():
 
 
 def test_a_shard_that_is_gone_is_the_storages_fault(monkeypatch):
-    monkeypatch.setattr("pipelines.corpus.shards.BACKOFF_S", 0.0)
+    monkeypatch.setenv("HARDSET_STORAGE_RETRY_S", "0")
     with pytest.raises(OSError, match="not there any more"):
         validate_shard(0, Shard("/nowhere/x.tar", 10, 0), Check())
