@@ -27,13 +27,10 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
-<<<<<<< HEAD
-from pipelines.runs.errors import UserError
-=======
 from pipelines.runs import local_files
+from pipelines.runs.errors import UserError
 from pipelines.runs.remote import RetryingHandler
 from pipelines.runs.retries import StorageError, retrying
->>>>>>> 72d2a97 (All storage traffic goes through one retry layer: what can pass is waited for (--storage-retry-s), what lasts ends at once in a line that says what to do; a store that answers wrongly costs no sample; no link inside a run is followed)
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://")
 _QUERY = re.compile(r"\?[a-z_]+=.*")
@@ -112,13 +109,9 @@ def open_filesystem(uri: str | os.PathLike) -> tuple[pafs.FileSystem, str]:
     except pa.ArrowInvalid as error:
         if "Unrecognized filesystem" in str(error):
             return _open_fsspec(text)
-<<<<<<< HEAD
         raise UserError(f"{text}: {first_line(error)}") from error
-=======
-        raise ValueError(f"{text}: {first_line(error)}") from error
     except StorageError:
         raise
->>>>>>> 72d2a97 (All storage traffic goes through one retry layer: what can pass is waited for (--storage-retry-s), what lasts ends at once in a line that says what to do; a store that answers wrongly costs no sample; no link inside a run is followed)
     except OSError as error:
         raise UserError(f"{text}: {first_line(error)}") from error
 
@@ -365,13 +358,8 @@ def _open_fsspec(uri: str) -> tuple[pafs.FileSystem, str]:
     try:
         filesystem, path = fsspec.core.url_to_fs(uri)
     except (ValueError, ImportError) as error:
-<<<<<<< HEAD
-        raise UserError(f"{uri}: no filesystem for it ({first_line(error)})") from error
-    return pafs.PyFileSystem(pafs.FSSpecHandler(filesystem)), path
-=======
         raise UserError(f"{uri}: no filesystem for it ({first_line(error)})") from error
     return _retrying(pafs.PyFileSystem(pafs.FSSpecHandler(filesystem)), scheme_of(uri)), path
->>>>>>> 72d2a97 (All storage traffic goes through one retry layer: what can pass is waited for (--storage-retry-s), what lasts ends at once in a line that says what to do; a store that answers wrongly costs no sample; no link inside a run is followed)
 
 
 def _quoted(uri: str) -> str:
