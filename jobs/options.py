@@ -115,7 +115,7 @@ class GaussianOptions:
     gaussians: str | None = None
     """score with the Gaussians of this other run, fit nothing"""
     shrinkage: str | float = "auto"
-    """none, oas, a number in [0, 1], or auto: none where the condition number allows it, else oas"""
+    """none, oas, a number in [0, 1], or auto: towards the diagonal, by what best predicts samples left out"""
 
     def __post_init__(self) -> None:
         self.amount()

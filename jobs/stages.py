@@ -180,11 +180,30 @@ def fit(run: Run, gaussians: GaussianOptions, workers: WorkerOptions) -> dict[st
         f"fit: {done} {entry['samples']:,} samples, {entry['classes']} classes, d = {entry['width']}, rank {entry['rank']}, "
         f"condition number {entry['condition']:.3g}, {_shrinkage_used(*entry['shrinkage'])}"
     )
+    if entry.get("curve"):
+        say(f"fit: {_bought(entry['curve'], *entry['shrinkage'])}")
+    if entry.get("classes_present") == 1:
+        say("fit: one class alone has samples: its Gaussian is the class-agnostic one, so md_agn is all there is to score")
     return entry
 
 
 def _shrinkage_used(within: float, agnostic: float) -> str:
     return f"shrinkage {within:.3g} within classes, {agnostic:.3g} agnostic" if within or agnostic else "no shrinkage"
+
+
+def _bought(curve: dict[str, list], within: float, agnostic: float) -> str:
+    """What the chosen amounts of shrinkage gained over none, on samples left out."""
+    parts = []
+    for name, losses, amount in (
+        ("log-loss of the class", curve["log_loss"], within),
+        ("negative log-likelihood", curve["negative_log_likelihood"], agnostic),
+    ):
+        at = curve["shrinkage"].index(amount) if amount in curve["shrinkage"] else None
+        if at is None or losses[at] is None:
+            continue
+        plain = "none possible" if losses[0] is None else f"{losses[0]:.4g} without"
+        parts.append(f"{name} {losses[at]:.4g} nats at {amount:g} ({plain})")
+    return "samples left out of the Gaussians: " + "; ".join(parts) if parts else "shrinkage by the OAS formula"
 
 
 def score(run: Run, weights: WeightOptions, workers: WorkerOptions) -> dict[str, Any]:
@@ -299,7 +318,8 @@ def rule(options: SubsetOptions, seed: int) -> selecting.Rule:
 
 def ranked_by_what_is_there(run: Run, options: SubsetOptions) -> SubsetOptions:
     """With fewer than two classes there is no rmd, or only rounding noise; the class-agnostic distance then ranks."""
-    classes = run.stage("fit")["classes"]
+    fitted = run.stage("fit")
+    classes = fitted.get("classes_present", fitted["classes"])
     if options.by == "difficulty.rmd" and classes < 2:
         say(f"select: {'one class' if classes else 'no labels and no classes'}, so by difficulty.md_agn")
         return dataclasses.replace(options, by="difficulty.md_agn")

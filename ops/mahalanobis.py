@@ -305,7 +305,7 @@ class Gaussians:
         scale = np.exp2(-np.rint(np.log2(variances[live]) / 2))
         agnostic, within = (m[np.ix_(live, live)] * scale[:, None] * scale for m in (self.covariance_agn, within))
         w, directions = scipy.linalg.eigh(agnostic, within)
-        v = np.zeros((self.dim, len(w)))
+        v = np.zeros((self.dim, len(w)), order="F")
         v[live] = scale[:, None] * directions
         return v, 1 / w
 

@@ -18,7 +18,6 @@ import pyarrow as pa
 import torch
 
 from pipelines.confusion.members import Member, Placement, report
-from pipelines.curation import percentiles
 from pipelines.runs import cluster, column_groups, columns, storage
 from pipelines.runs.errors import StageFailed, UserError
 from pipelines.runs.progress import Progress
@@ -33,7 +32,6 @@ SCHEMA = pa.schema(
         pa.field("epochs", pa.int32(), metadata={"meaning": "epochs T that the score is a mean over"}),
         pa.field("seeds", pa.int32(), metadata={"meaning": "members M whose probabilities are averaged"}),
         columns.score_field("confusion.entropy_std"),
-        *columns.percentile_fields("confusion.confusion"),
     ]
 )
 
@@ -69,9 +67,7 @@ def confusion_table(keys: pa.RecordBatch | pa.Table, entropies: np.ndarray, seed
         "seeds": np.full(rows, seeds),
         "entropy_std": entropies.std(axis=1, dtype=np.float64),
     }
-    data = {field.name: keys[field.name] for field in columns.KEYS} | values
-    unknown = pa.nulls(rows, pa.float32())  # percentiles, until all shards are scored
-    return pa.table({name: data.get(name, unknown) for name in SCHEMA.names}).cast(SCHEMA)
+    return pa.table({field.name: keys[field.name] for field in columns.KEYS} | values).select(SCHEMA.names).cast(SCHEMA)
 
 
 def usable(members: Sequence[Member], epochs: int, commonest: float, drop: bool) -> tuple[list[Member], dict[int, str]]:
@@ -125,17 +121,13 @@ def score(
     facts = run.embedding_facts()
     made_from = [member.source for member in members]
     sources = [fingerprint(CONFUSION, f["source"], made_from, epochs) for f in facts]
-    reference = fingerprint("reference", sources)
-    final = [percentiles.source_of(source, reference) for source in sources]
-    # New shards change every percentile but no older score: files that were scored are only completed again.
-    incomplete, pending = percentiles.what_is_left(run, CONFUSION, sources, final)
+    pending = column_groups.pending(run.uri, CONFUSION, sources)
     progress = Progress(CONFUSION, len(pending), skipped=len(facts) - len(pending))
     constructor = (scorer, trained.uri, tuple(members), epochs, place, run.uri)
     for shard, rows in _score_shards(pending, sources, constructor, place):
         if rows != facts[shard]["rows"]:
             raise StageFailed(f"confusion: shard {shard} has {facts[shard]['rows']} embeddings, {rows} were scored")
         progress.shard(rows)
-    _complete(run, incomplete, final, reference)
     counts = {
         "rows": sum(f["rows"] for f in facts),
         "shards_done": len(pending),
@@ -146,14 +138,6 @@ def score(
     if pending or run.stage(CONFUSION) is None:
         run.finish_stage(CONFUSION, **counts, **entry, members=report(members, epochs))
     return counts | entry
-
-
-def _complete(run: Run, shards: Sequence[int], sources: Sequence[str], reference: str) -> None:
-    """Add the percentiles, once all shards of the run are scored."""
-    if shards:
-        rows = [facts["rows"] for facts in run.embedding_facts()]
-        tables = percentiles.load(run, CONFUSION, reference) or percentiles.count(run, CONFUSION, rows, reference)
-        percentiles.complete(run, CONFUSION, shards, sources, tables)
 
 
 def _score_shards(

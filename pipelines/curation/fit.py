@@ -1,27 +1,40 @@
 """Fit: embeddings -> the class-conditional and class-agnostic Gaussians of a run, and the reference its weights refer to.
 
-Idempotent tasks return the sums of a shard, of several in a run of more than 1,024; the driver adds them in shard order,
-so that the result does not depend on the number of workers, down to the last bit.
+    sums       one task per shard (of several in a run of more than 1,024) returns its sums, and its share of the rows that
+               the amount of shrinkage is chosen by; the driver adds them in shard order
+    shrinkage  tasks measure every amount of a grid on these rows, each left out of the Gaussians (ops.shrinkage_search)
+    reference  one task per shard scores its samples: what weights refer to, and the ranks of margin
+
+Tasks are idempotent, and what the driver adds it adds in shard order, so that the result does not depend on the number of
+workers, down to the last bit.
 """
 
 import dataclasses
 import io
 import time
 import zipfile
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from ops.arrays import on_device, to_numpy
 from ops.difficulty import Reference
 from ops.gaussian import Gaussians, GaussianStats
-from pipelines.curation import percentiles
+from ops.ranks import RankSketch
+from ops.shrinkage_search import ShrinkageCurve, ShrinkageSearch
+from pipelines.curation import margins
+from pipelines.curation.embedded import iter_embedded, scores_of
+from pipelines.curation.labels import label_sources, labels_of
 from pipelines.runs import column_groups, columns, storage
-from pipelines.runs.errors import UserError, concerning
+from pipelines.runs.errors import UserError
 from pipelines.runs.progress import Progress
 from pipelines.runs.record import CorpusConfig, Run, fingerprint
 from pipelines.runs.tasks import in_order, merged_parts
 
 GAUSSIANS = "gaussians.npz"
+# Rows that the amount of shrinkage is chosen by: of this many values at most, fewer where many classes make each dear.
+CHOICE_ROWS, LEAST_CHOICE_ROWS, CHOICE_VALUES, CHOICE_DISTANCES = 100_000, 20_000, 1 << 27, 10_000_000
+CHOICE_TASK_ROWS = 8_192
 
 
 @dataclasses.dataclass
@@ -49,6 +62,8 @@ class ReferenceSums:
 
     @classmethod
     def of(cls, rmd: np.ndarray) -> "ReferenceSums":
+        if not len(rmd):
+            return cls()
         values = rmd.astype(np.float64)
         return cls(len(values), values.mean(), ((values - values.mean()) ** 2).sum(), values.min(), values.max())
 
@@ -56,30 +71,70 @@ class ReferenceSums:
         return Reference(self.mean, float(np.sqrt(self.squares / self.count)), self.low, self.high)
 
 
-def shard_statistics(
-    shard: int, run_uri: str, num_classes: int, views: int, pilot: np.ndarray, device: str
-) -> GaussianStats:
-    """Ray task: the mergeable statistics of one shard, all its views."""
-    stats = GaussianStats(num_classes, pilot.shape[0], pilot=pilot)
-    names = ["label", "embedding"] + (["augmented"] if views > 1 else [])
-    for batch in column_groups.iter_batches(run_uri, columns.EMBEDDINGS, shard, names):
-        labels = columns.labels_or_minus_one(batch["label"])
-        for name in names[1:]:
-            features = columns.vectors(batch[name]).reshape(-1, pilot.shape[0])
-            repeats = np.repeat(labels, len(features) // max(1, len(labels)))
-            stats.update(on_device(features, device), on_device(repeats, device) if num_classes else None)
-    return stats
+@dataclasses.dataclass
+class ShardSums:
+    """What a shard adds to a fit: its sums, its embeddings, its rows to choose the shrinkage by and their labels."""
+
+    stats: GaussianStats
+    embeddings: int
+    rows: list[np.ndarray]
+    labels: list[np.ndarray]
+
+    def merge(self, other: "ShardSums") -> "ShardSums":
+        return ShardSums(
+            self.stats.merge(other.stats),
+            self.embeddings + other.embeddings,
+            self.rows + other.rows,
+            self.labels + other.labels,
+        )
 
 
-def shard_reference(shard: int, run_uri: str, gaussians: Gaussians, device: str) -> ReferenceSums:
-    """Ray task: the sums of rmd over one shard's labelled samples."""
-    sums = ReferenceSums()
-    for batch in column_groups.iter_batches(run_uri, columns.EMBEDDINGS, shard, ["label", "embedding"]):
-        labels = columns.labels_or_minus_one(batch["label"])
-        features = columns.vectors(batch["embedding"]).astype(np.float64)
-        rmd = gaussians.distances(on_device(features, device), on_device(labels, device)).rmd
-        sums = sums.add(ReferenceSums.of(to_numpy(rmd)))
+def shard_sums(
+    shard: int, first: int, run_uri: str, num_classes: int, views: int, pilot: np.ndarray, step: int, device: str
+) -> ShardSums:
+    """Ray task: the sums of one shard, all its views, and every `step`-th of its rows from `first` on; step 0 = none."""
+    sums, start = ShardSums(GaussianStats(num_classes, len(pilot), pilot=pilot), 0, [], []), 0
+    for part in iter_embedded(run_uri, shard, views):
+        labels = part.fitted_labels
+        sums.embeddings += len(labels) * views
+        kept = ~part.dropped if not num_classes else np.ones(len(labels), bool)
+        if kept.any():
+            features = on_device(part.features[kept].reshape(-1, len(pilot)), device)
+            repeated = on_device(np.repeat(labels[kept], views), device)
+            sums.stats.update(features, repeated if num_classes else None)
+        if step:
+            chosen = np.arange((first - start) % step, len(labels), step)
+            chosen = chosen[kept[chosen] & ((labels[chosen] >= 0) | (num_classes == 0))]
+            sums.rows.append(part.features[chosen])
+            sums.labels.append(labels[chosen])
+        start += len(labels)
     return sums
+
+
+def rows_curve(rows: np.ndarray, labels: np.ndarray, search: ShrinkageSearch, device: str) -> ShrinkageCurve:
+    """Ray task: how well each amount of shrinkage predicts some rows."""
+    return search.measure(on_device(rows, device), on_device(labels, device) if len(search.counts) else None)
+
+
+@dataclasses.dataclass
+class ShardScores:
+    """What a shard adds to the reference: the sums of its rmd, and its margins."""
+
+    reference: ReferenceSums
+    margins: np.ndarray
+
+    def merge(self, other: "ShardScores") -> "ShardScores":
+        return ShardScores(self.reference.add(other.reference), np.concatenate([self.margins, other.margins]))
+
+
+def shard_scores(shard: int, run_uri: str, gaussians: Gaussians, views: int, device: str) -> ShardScores:
+    """Ray task: rmd of one shard's samples that were fitted on, and the margins of all."""
+    sums, found = ReferenceSums(), []
+    for part in iter_embedded(run_uri, shard, views):
+        scores = scores_of(part, gaussians, True, device)
+        sums = sums.add(ReferenceSums.of(to_numpy(scores.rmd)[part.fitted_labels >= 0]))
+        found.append(to_numpy(scores.margin).astype(np.float32))
+    return ShardScores(sums, np.concatenate(found or [np.empty(0, np.float32)]))
 
 
 def fit(run: Run, shrinkage: str | float = "auto", device: str = "cpu") -> dict:
@@ -88,50 +143,107 @@ def fit(run: Run, shrinkage: str | float = "auto", device: str = "cpu") -> dict:
     Returns
     -------
     summary : dict
-        rank, condition number and shrinkage of both covariances, samples, classes, seconds, skipped.
+        rank, condition number and shrinkage of both covariances, samples, classes, seconds, skipped; with "auto" the curve
+        that the shrinkage was chosen from.
 
     Raises
     ------
-    ValueError
-        If a shard is not embedded, or shrinkage "none" meets a singular covariance.
+    UserError
+        If a shard is not embedded, nothing is, or shrinkage "none" meets a singular covariance.
     """
     facts = run.embedding_facts()
     run.settle_classes(facts)
     if not any(f["rows"] for f in facts):
         raise UserError(f"{run.uri}: it holds no embedding, all samples are in quarantine; nothing to fit", "run")
-    embeddings = fingerprint([f["source"] for f in facts])
+    embeddings = fingerprint(label_sources(facts))
     source = fingerprint("gaussians", embeddings, str(shrinkage))
-    before = run.stage("fit")
-    if before and before["source"] == source and storage.exists(run.path(GAUSSIANS)):
-        return before | {"skipped": True}
+    made_from = {"source": source, "embeddings": embeddings, "asked": str(shrinkage)}
+    there = _stored(run, source)
+    if there is not None:  # also where a command died between the file and its record
+        return _noted(run, there, made_from) | {"skipped": True}
     started = time.monotonic()
-    shards = [(shard,) for shard, f in enumerate(facts) if f["rows"]]
-    gpus = 1 if device == "cuda" else 0
-    num_classes, views = len(run.classes), run.config.views
-    pilot = _pilot_mean(run, shards[0][0])
-    stats = GaussianStats(num_classes, run.config.width, pilot=pilot)
-    progress = Progress("fit", len(shards))
-    shared = (run.uri, num_classes, views, pilot, device)
-    for part, done in merged_parts(shard_statistics, shards, *shared, merge=GaussianStats.merge, num_gpus=gpus):
-        stats = stats.merge(part)
-        progress.shard(part.count // views, shards=done)
-    expected = sum(f["rows"] for f in facts) * views
-    assert stats.count == expected, f"fit counted {stats.count} embeddings of {expected}"
-    with concerning("shrinkage"):
-        fitted = stats.fit(shrinkage)
-    gaussians = dataclasses.replace(fitted, class_names=tuple(run.classes))
-    if num_classes:
-        sums = ReferenceSums()
-        _ready(gaussians)
-        shared = (run.uri, gaussians, device)
-        for part, _ in merged_parts(shard_reference, shards, *shared, merge=ReferenceSums.add, num_gpus=gpus):
-            sums = sums.add(part)
-        gaussians = dataclasses.replace(gaussians, reference=sums.reference())
+    shards = [shard for shard, f in enumerate(facts) if f["rows"]]
+    sums = _sums(run, shards, [f["rows"] for f in facts], shrinkage == "auto", device)
+    names = tuple(run.classes)
+    gaussians = dataclasses.replace(_gaussians(sums, shrinkage, device), class_names=names, source=source)
+    if names:
+        gaussians = dataclasses.replace(gaussians, reference=_reference(run, gaussians, shards, device))
     save_gaussians(run, gaussians)
-    entry = {"source": source, "embeddings": embeddings, "asked": str(shrinkage), **describe(gaussians)}
-    entry["seconds"] = time.monotonic() - started
+    entry = made_from | describe(gaussians) | {"seconds": time.monotonic() - started}
     run.finish_stage("fit", **entry)
     return entry | {"skipped": False}
+
+
+def _stored(run: Run, source: str) -> Gaussians | None:
+    """The Gaussians of a run, if they say that they were made from this."""
+    try:
+        found = load_gaussians(run)
+    except ValueError:
+        return None
+    return found if found.source == source else None
+
+
+def _noted(run: Run, gaussians: Gaussians, made_from: dict) -> dict:
+    """The record of Gaussians that are there, written if it is lost or speaks of others."""
+    before = run.stage("fit")
+    if before and before["source"] == made_from["source"] and "from" not in before:
+        return before
+    entry = made_from | describe(gaussians) | {"seconds": 0.0}
+    run.finish_stage("fit", **entry)
+    return entry
+
+
+def _sums(run: Run, shards: Sequence[int], rows: Sequence[int], choose: bool, device: str) -> ShardSums:
+    """The sums of all shards, and the rows to choose the shrinkage by, evenly spaced over the corpus."""
+    views, num_classes, pilot = run.config.views, len(run.classes), _pilot_mean(run, shards[0])
+    most = max(LEAST_CHOICE_ROWS, CHOICE_DISTANCES // max(1, num_classes))
+    most = max(1, min(CHOICE_ROWS, most, CHOICE_VALUES // (run.config.width * views)))
+    step = -(-sum(rows) // most) if choose else 0
+    starts = np.cumsum([0, *rows])
+    items = [(shard, int(-starts[shard] % step) if step else 0) for shard in shards]
+    progress = Progress("fit", len(shards))
+    sums = ShardSums(GaussianStats(num_classes, run.config.width, pilot=pilot), 0, [], [])
+    shared = (run.uri, num_classes, views, pilot, step, device)
+    gpus = 1 if device == "cuda" else 0
+    for part, done in merged_parts(shard_sums, items, *shared, merge=ShardSums.merge, num_gpus=gpus):
+        sums = sums.merge(part)
+        progress.shard(part.embeddings // views, shards=done)
+    expected = sum(rows) * views
+    assert sums.embeddings == expected, f"fit counted {sums.embeddings} embeddings of {expected}"
+    return sums
+
+
+def _gaussians(sums: ShardSums, shrinkage: str | float, device: str) -> Gaussians:
+    try:
+        if shrinkage != "auto":
+            return sums.stats.fit(shrinkage)
+        search = sums.stats.shrinkage_search()
+    except ValueError as error:
+        raise UserError(f"{shrinkage}: {error}", "shrinkage") from None
+    curve, items = ShrinkageCurve.empty(), list(_portions(sums))
+    for part in in_order(rows_curve, items, search, device, num_gpus=1 if device == "cuda" else 0):
+        curve += part
+    return search.fit(curve)
+
+
+def _portions(sums: ShardSums) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """The rows to choose the shrinkage by, so many at a time as are worth a task; always the same ones together."""
+    rows, labels = np.concatenate(sums.rows), np.concatenate(sums.labels)
+    for start in range(0, len(rows), CHOICE_TASK_ROWS):
+        yield rows[start : start + CHOICE_TASK_ROWS], labels[start : start + CHOICE_TASK_ROWS]
+
+
+def _reference(run: Run, gaussians: Gaussians, shards: Sequence[int], device: str) -> Reference:
+    """Reference of the weights; on the way the ranks of margin are counted and stored, which score needs."""
+    sums, sketch = ReferenceSums(), RankSketch()
+    shared = (run.uri, _ready(gaussians), run.config.views, device)
+    gpus = 1 if device == "cuda" else 0
+    items = [(shard,) for shard in shards]
+    for part, _ in merged_parts(shard_scores, items, *shared, merge=ShardScores.merge, num_gpus=gpus):
+        sums = sums.add(part.reference)
+        sketch.add(part.margins)
+    margins.save(run, sketch.table(), margins.source_of(gaussians.source, None))
+    return sums.reference()
 
 
 def adopt(run: Run, other: Run) -> dict:
@@ -145,10 +257,10 @@ def adopt(run: Run, other: Run) -> dict:
     check_adoptable(run.config, other)
     entry, gaussians = other.stage("fit"), load_gaussians(other)
     _refuse_unknown_classes(run, gaussians, other)
-    adopted = {"source": entry["source"], "from": other.uri, **describe(gaussians)}
-    adopted["percentiles"] = percentiles.adopt(run, other)
+    gaussians = dataclasses.replace(gaussians, source=gaussians.source or entry["source"])
+    adopted = {"source": gaussians.source, "from": other.uri, **describe(gaussians)}
     before, classes = run.stage("fit") or {}, list(gaussians.class_names or ())
-    if before != before | adopted or run.classes != classes:
+    if before != before | adopted or run.classes != classes or _stored(run, gaussians.source) is None:
         run.set_classes(classes)
         save_gaussians(run, gaussians)
         run.finish_stage("fit", **adopted)
@@ -184,8 +296,7 @@ def _refuse_unknown_classes(run: Run, gaussians: Gaussians, other: Run) -> None:
 
 def _labels_of_shard(shard: int, run_uri: str) -> set[int]:
     """Ray task: the labels that occur in a shard, -1 for none."""
-    labels = column_groups.read(run_uri, columns.EMBEDDINGS, shard, ["label"])["label"]
-    return set(np.unique(columns.labels_or_minus_one(labels)).tolist())
+    return set(np.unique(labels_of(run_uri, shard)[0]).tolist())
 
 
 def describe(gaussians: Gaussians) -> dict:
@@ -193,11 +304,21 @@ def describe(gaussians: Gaussians) -> dict:
     return {
         "samples": int(gaussians.num_samples),
         "classes": len(gaussians.counts),
+        "classes_present": int((gaussians.counts > 0).sum()),
+        "smallest_class": int(gaussians.counts[gaussians.counts > 0].min()) if gaussians.counts.any() else 0,
         "width": int(gaussians.dim),
         "rank": gaussians.rank,
         "condition": gaussians.condition,
         "shrinkage": list(gaussians.shrinkage),
+        "target": gaussians.target,
+        "curve": None if gaussians.curve is None else _told(gaussians.curve),
     }
+
+
+def _told(curve: np.ndarray) -> dict[str, list[float | None]]:
+    """A curve of shrinkage, JSON-able: None where an amount left a covariance singular."""
+    told = [[float(value) if np.isfinite(value) else None for value in row] for row in curve]
+    return dict(zip(("shrinkage", "log_loss", "negative_log_likelihood"), told))
 
 
 def load_gaussians(run: Run) -> Gaussians:

@@ -1,22 +1,28 @@
-"""Score: embeddings and Gaussians -> the difficulty columns, one file per shard."""
+"""Score: embeddings and Gaussians -> the difficulty columns, one file per shard, each written once."""
 
 import dataclasses
 import io
 import time
-from collections.abc import Sequence
+import zipfile
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 
-from ops.arrays import on_device, to_numpy
+from ops.arrays import to_numpy
 from ops.difficulty import Reference, difficulty_weight, fit_centers, kmeans_difficulty
 from ops.gaussian import Gaussians
-from pipelines.curation import percentiles
+from ops.ranks import RankSketch, RankTable
+from pipelines.curation import margins, votes
+from pipelines.curation.embedded import Embedded, iter_embedded, scores_of
 from pipelines.curation.fit import load_gaussians
+from pipelines.curation.labels import label_sources
 from pipelines.runs import column_groups, columns, storage
 from pipelines.runs.errors import UserError
+from pipelines.runs.executor import Output, Stage, Task, finished
 from pipelines.runs.record import Run, fingerprint
-from pipelines.runs.tasks import in_order, write_shards
+from pipelines.runs.tasks import in_order, merged_parts
 from pipelines.summary import group_summary
 
 KMEANS_FILE = "kmeans.npz"
@@ -32,68 +38,110 @@ class Weighting:
     scale: str = "per_dim"
 
 
-def score_shard(
-    shard: int,
-    source: str,
-    scored: str,
-    run_uri: str,
-    gaussians: Gaussians,
-    weighting: Weighting,
-    centers: np.ndarray | None,
-    device: str,
-    tables: percentiles.Tables | None,
-) -> int:
-    """Ray task: write one shard's difficulty columns, percentiles too if ranks are given; returns its rows."""
-    schema = columns.DIFFICULTY_SCHEMA if centers is None else columns.DIFFICULTY_SCHEMA.append(columns.KMEANS)
-    names = [field.name for field in columns.KEYS] + ["label", "embedding"]
-    batches = [
-        _score_batch(batch, gaussians, weighting, centers, device, schema)
-        for batch in column_groups.iter_batches(run_uri, columns.EMBEDDINGS, shard, names)
-    ]
-    table = columns.concat(batches, schema)
-    if tables is not None:
-        table = percentiles.with_percentiles(
-            table, columns.DIFFICULTY, columns.labels_or_minus_one(table["label"]), tables
-        )
-    column_groups.write(run_uri, columns.DIFFICULTY, shard, table, source, scored=scored)
-    return table.num_rows
+class Scorer(NamedTuple):
+    """What every shard is scored with.
+
+    Attributes
+    ----------
+    gaussians : Gaussians
+    fitted : bool
+        Whether they were fitted on this run, so that each sample is left out of them.
+    views : int
+        R of the run.
+    weighting : Weighting
+    centers : ndarray of shape (k, d), or None
+        Of k-means.
+    margins, votes : RankTable, or None
+        Among the run's samples; None where there is no such score.
+    device : str
+    """
+
+    gaussians: Gaussians
+    fitted: bool
+    views: int
+    weighting: Weighting
+    centers: np.ndarray | None
+    margins: RankTable | None
+    votes: RankTable | None
+    device: str
+
+    @property
+    def views_read(self) -> int:
+        """The other views are only needed to leave a sample out."""
+        return self.views if self.fitted else 1
 
 
-def _score_batch(
-    batch: pa.RecordBatch,
-    gaussians: Gaussians,
-    weighting: Weighting,
-    centers: np.ndarray | None,
-    device: str,
-    schema: pa.Schema,
-) -> pa.Table:
-    features = columns.vectors(batch["embedding"])
-    labels = columns.labels_or_minus_one(batch["label"])
-    # In float64: rmd is a small difference of two large distances, which float32 rounds to steps of 1e-4 of its spread.
-    scores = gaussians.scores(on_device(features.astype(np.float64), device), on_device(labels, device))
-    values = {
-        name: to_numpy(getattr(scores, name))
-        for name in ("md", "md_agn", "rmd", "nearest_class", "nearest_md", "margin")
-    }
-    values["weight"] = _weight(values["rmd"], weighting, gaussians)
-    if centers is not None:
-        values["kmeans"] = kmeans_difficulty(features, centers=centers)
-    data = {name: batch[name] for name in ("key", "shard", "row", "label")}
+class ScoreShards:
+    """The difficulty columns of a shard: `pipelines.runs.executor`'s worker."""
+
+    def __init__(self, run_uri: str, scorer: Scorer):
+        self.run_uri, self.scorer = run_uri, scorer
+        self.schema = columns.DIFFICULTY_SCHEMA
+        if scorer.centers is not None:
+            self.schema = self.schema.append(columns.KMEANS)
+
+    def run(self, task: Task) -> Output:
+        return Output(self._tables(task.shard), schema=self.schema)
+
+    def _tables(self, shard: int) -> Iterator[pa.Table]:
+        vote = None if self.scorer.votes is None else votes.of_shard(self.run_uri, shard)
+        beside, start = tuple(field.name for field in columns.KEYS), 0
+        for part in iter_embedded(self.run_uri, shard, self.scorer.views_read, beside):
+            rows = slice(start, start + len(part.labels))
+            yield _score_batch(part, None if vote is None else vote[rows], self.scorer, self.schema)
+            start = rows.stop
+
+
+def _score_batch(part: Embedded, vote: np.ndarray | None, scorer: Scorer, schema: pa.Schema) -> pa.Table:
+    scores = scores_of(part, scorer.gaussians, scorer.fitted, scorer.device)
+    values = {name: to_numpy(getattr(scores, name)) for name in scores._fields}
+    values["weight"] = _weight(values["rmd"], scorer)
+    values["label_error"] = label_error(values["margin"], scorer.margins, vote, scorer.votes)
+    if one_class(scorer.gaussians):  # md is md_agn, the rest is rounding
+        values = {"md_agn": values["md_agn"]}
+    if scorer.centers is not None:
+        values["kmeans"] = kmeans_difficulty(part.features[:, 0], centers=scorer.centers)
+    data = {name: part.batch[name] for name in ("key", "shard", "row")}
+    data["label"] = pa.array(part.labels, mask=part.labels < 0)
     data |= {name: _nullable(value) for name, value in values.items()}
-    unknown = pa.nulls(batch.num_rows, pa.float32())  # percentiles
-    return pa.table({name: data.get(name, unknown) for name in schema.names}).cast(schema)
+    missing = pa.nulls(len(part.labels))
+    return pa.table({field.name: data.get(field.name, missing.cast(field.type)) for field in schema}).cast(schema)
 
 
-def _weight(rmd: np.ndarray, weighting: Weighting, gaussians: Gaussians) -> np.ndarray:
-    if gaussians.reference is None:
+def label_error(
+    margin: np.ndarray, margin_ranks: RankTable | None, vote: np.ndarray | None, vote_ranks: RankTable | None
+) -> np.ndarray:
+    """How likely labels are wrong, (n,) float32 in [0, 1]: the mean of the percentile ranks of margin and vote that there are.
+
+    NaN where there is neither.
+    """
+    pairs = ((margin, margin_ranks), (vote, vote_ranks))
+    parts = [table.fraction(values) for values, table in pairs if table is not None and values is not None]
+    if not parts:
+        return np.full(len(margin), np.nan, np.float32)
+    known = [np.isfinite(part) for part in parts]
+    total = sum(np.where(there, part, 0) for there, part in zip(known, parts))
+    number = sum(there.astype(np.float32) for there in known)
+    return np.where(number > 0, total / np.maximum(number, 1), np.nan).astype(np.float32)
+
+
+def one_class(gaussians: Gaussians) -> bool:
+    """Whether one class alone was fitted on: its Gaussian is the class-agnostic one, and rmd is nothing."""
+    return int((gaussians.counts > 0).sum()) == 1
+
+
+def _weight(rmd: np.ndarray, scorer: Scorer) -> np.ndarray:
+    reference = scorer.gaussians.reference
+    if reference is None:
         return np.full(len(rmd), np.nan, np.float32)
+    weighting = scorer.weighting
     return difficulty_weight(
         rmd,
         weighting.temperature,
         weighting.c,
         scale=weighting.scale,
-        dim=gaussians.dim,
-        reference=Reference(*gaussians.reference),
+        dim=scorer.gaussians.dim,
+        reference=Reference(*reference),
     )
 
 
@@ -104,20 +152,20 @@ def _nullable(values: np.ndarray) -> pa.Array:
 
 
 def kmeans_centers(run: Run, k: int, seed: int = 0) -> np.ndarray:
-    """k-means centres of a run's embeddings, shape (k, d); fitted once and kept in `kmeans.npz`.
+    """k-means centres of a run's embeddings, shape (k, d); fitted once and kept in `kmeans.npz`, which says from what.
 
     At most `KMEANS_ROWS` embeddings, evenly spaced over the corpus, go through the driver.
 
     Raises
     ------
-    ValueError
+    UserError
         If there are fewer embeddings than centres.
     """
     facts = run.embedding_facts()
     source = fingerprint("kmeans", [f["source"] for f in facts], k, seed)
-    before = run.stage("kmeans")
-    if before and before["source"] == source and storage.exists(run.path(KMEANS_FILE)):
-        return np.load(io.BytesIO(storage.read_bytes(run.path(KMEANS_FILE))), allow_pickle=False)["centers"]
+    before = _stored_centers(run, source)
+    if before is not None:
+        return before
     rows = sum(f["rows"] for f in facts)
     if k > rows:
         raise UserError(f"{k}: more centres than the {rows} embeddings", "kmeans")
@@ -127,9 +175,17 @@ def kmeans_centers(run: Run, k: int, seed: int = 0) -> np.ndarray:
     sample = np.concatenate(list(in_order(_every, shards, run.uri, step)))
     centers = fit_centers(sample, k, seed)
     with storage.write_atomic(run.path(KMEANS_FILE)) as stream:
-        np.savez(stream, centers=centers)
+        np.savez(stream, centers=centers, source=np.array(source))
     run.finish_stage("kmeans", source=source, k=k, seed=seed, sampled=len(sample))
     return centers
+
+
+def _stored_centers(run: Run, source: str) -> np.ndarray | None:
+    try:
+        with np.load(io.BytesIO(storage.read_bytes(run.path(KMEANS_FILE))), allow_pickle=False) as arrays:
+            return arrays["centers"] if str(arrays["source"]) == source else None
+    except (FileNotFoundError, KeyError, ValueError, EOFError, zipfile.BadZipFile):
+        return None
 
 
 def _every(shard: int, first: int, run_uri: str, step: int) -> np.ndarray:
@@ -139,37 +195,41 @@ def _every(shard: int, first: int, run_uri: str, step: int) -> np.ndarray:
 
 
 def score(run: Run, weighting: Weighting, centers: np.ndarray | None = None, device: str = "cpu") -> dict:
-    """Write `difficulty/` for the shards whose embeddings, Gaussians or weighting changed.
+    """Write `difficulty/` for the shards whose embeddings, labels, neighbours, Gaussians or weighting changed.
 
     Returns
     -------
     counts : dict
-        rows, shards done now and skipped, seconds; quantiles of each score if any shard was scored now.
+        rows, shards done now and skipped, seconds, what label_error was made from; quantiles of each score if any shard
+        was scored now.
 
     Notes
     -----
-    Percentiles need the scores of all shards: a file is first written without, under another source, then completed. With
-    ranks that are known (another run's Gaussians, one shard lost) each file is written once.
+    One pass over the embeddings. The ranks of margin are counted while fitting; with another run's Gaussians, and where they
+    are lost, a pass before this one counts them.
     """
     started = time.monotonic()
     facts = run.embedding_facts()
-    scored, reference = _sources(run, weighting, centers, facts), percentiles.difficulty_reference(run)
-    final = [percentiles.source_of(source, reference) for source in scored]
-    tables = percentiles.load(run, columns.DIFFICULTY, reference)
-    known = reference is None or tables is not None
-    pending, unscored = percentiles.what_is_left(run, columns.DIFFICULTY, scored, final)
-    shared = (run.uri, load_gaussians(run), weighting, centers, device, tables)
-    items = [(s, final[s] if known else scored[s], scored[s]) for s in unscored]
-    write_shards("score", score_shard, items, *shared, embedded=facts, num_gpus=1 if device == "cuda" else 0)
-    if not known and pending:
-        tables = percentiles.count(run, columns.DIFFICULTY, [f["rows"] for f in facts], reference)
-    incomplete = sorted(set(pending) - set(unscored)) if known else pending
-    percentiles.complete(run, columns.DIFFICULTY, incomplete, final, tables)
+    gaussians, fitted = _gaussians(run, facts)
+    judged = gaussians.num_classes > 0 and not one_class(gaussians)
+    voted = votes.source_of(run, facts) if judged else None
+    sources = _sources(run, weighting, centers, facts, gaussians, voted)
+    pending = column_groups.pending(run.uri, columns.DIFFICULTY, sources)
+    tables: tuple[RankTable | None, RankTable | None] = (None, None)
+    if pending and judged:
+        tables = _margin_ranks(run, gaussians, fitted, facts, device), voted and votes.ranks(run)
+    scorer = Scorer(gaussians, fitted, run.config.views, weighting, centers, *tables, device)
+    gpus = 1 if device == "cuda" else 0
+    arguments, rows = (run.uri, scorer), [f["rows"] for f in facts]
+    stage = Stage("score", columns.DIFFICULTY, sources, ScoreShards, arguments, rows=rows, num_gpus=gpus)
+    for _ in finished(run, stage, pending):
+        pass
     counts = {
-        "rows": sum(f["rows"] for f in facts),
+        "rows": sum(rows),
         "shards_done": len(pending),
         "shards_skipped": len(facts) - len(pending),
         "seconds": time.monotonic() - started,
+        "label_error_of": (["margin"] if judged else []) + (["vote"] if voted else []),
     }
     if pending or run.stage("score") is None:
         counts["quantiles"] = group_summary(run, columns.DIFFICULTY)["quantiles"]
@@ -177,16 +237,58 @@ def score(run: Run, weighting: Weighting, centers: np.ndarray | None = None, dev
     return counts
 
 
-def _sources(run: Run, weighting: Weighting, centers: np.ndarray | None, facts: Sequence[dict]) -> list[str]:
-    """What each shard's scores are made from. ValueError if the Gaussians are missing or of other embeddings."""
-    fitted = run.stage("fit")
-    if fitted is None:
+def _gaussians(run: Run, facts: list[dict]) -> tuple[Gaussians, bool]:
+    """The run's Gaussians and whether they were fitted on it. UserError if they are missing or of other embeddings."""
+    entry = run.stage("fit")
+    if entry is None:
         raise UserError(
-            f"{run.uri}: no Gaussians yet; run hardset fit first, or score with `gaussians` of another run",
-            "run",
+            f"{run.uri}: no Gaussians yet; run hardset fit first, or score with the Gaussians of another run", "run"
         )
-    if "from" not in fitted and fitted["embeddings"] != fingerprint([f["source"] for f in facts]):
+    gaussians = load_gaussians(run)
+    fitted = "from" not in entry
+    if gaussians.source not in (None, entry["source"]):  # None: of a version whose files didn't say
+        raise UserError(f"{run.uri}: its Gaussians are not those that the last fit noted; run hardset fit first", "run")
+    if fitted and entry["embeddings"] != fingerprint(label_sources(facts)):
         raise UserError(f"{run.uri}: embeddings changed since the Gaussians were fitted; run hardset fit first", "run")
+    return dataclasses.replace(gaussians, source=entry["source"]), fitted
+
+
+def _sources(
+    run: Run,
+    weighting: Weighting,
+    centers: np.ndarray | None,
+    facts: list[dict],
+    gaussians: Gaussians,
+    voted: str | None,
+) -> list[str]:
+    """What each shard's scores are made from. Ranks change with every shard of the run."""
     kmeans = None if centers is None else fingerprint(centers.tolist())
-    how = (fitted["source"], dataclasses.asdict(weighting), kmeans, columns.DIFFICULTY_SCHEMA.names)
-    return [fingerprint(columns.DIFFICULTY, f["source"], *how) for f in facts]
+    how = (gaussians.source, dataclasses.asdict(weighting), kmeans, columns.DIFFICULTY_SCHEMA.names, voted)
+    labelled = label_sources(facts)
+    return [fingerprint(columns.DIFFICULTY, source, fingerprint(labelled), *how) for source in labelled]
+
+
+def _margin_ranks(run: Run, gaussians: Gaussians, fitted: bool, facts: list[dict], device: str) -> RankTable:
+    """The ranks of margin among the run's samples: stored, or counted now and stored."""
+    source = margins.source_of(gaussians.source, None if fitted else fingerprint(label_sources(facts)))
+    table = margins.load(run, source)
+    if table is None:
+        sketch, views = RankSketch(), run.config.views if fitted else 1
+        items = [(shard,) for shard, f in enumerate(facts) if f["rows"]]
+        shared = (run.uri, gaussians, fitted, views, device)
+        gpus = 1 if device == "cuda" else 0
+        for part, _ in merged_parts(_shard_margins, items, *shared, merge=_joined, num_gpus=gpus):
+            sketch.add(part)
+        table = sketch.table()
+        margins.save(run, table, source)
+    return table
+
+
+def _joined(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    return np.concatenate([one, other])
+
+
+def _shard_margins(shard: int, run_uri: str, gaussians: Gaussians, fitted: bool, views: int, device: str) -> np.ndarray:
+    """Ray task: the margins of a shard's samples, (rows,) float32."""
+    parts = [scores_of(part, gaussians, fitted, device).margin for part in iter_embedded(run_uri, shard, views)]
+    return np.concatenate([to_numpy(part).astype(np.float32) for part in parts] or [np.empty(0, np.float32)])

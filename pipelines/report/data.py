@@ -32,6 +32,8 @@ AGREEMENT_ROWS = 100_000
 RANDOM_PICTURES = 240
 PAIRS = 200
 EXAMPLES = 5
+# The scores of which a row also says where it stands within its class.
+RANKED_IN_CLASS = ("difficulty.rmd", "difficulty.margin", "confusion.confusion")
 BOX = (5, 25, 50, 75, 95)  # percentiles of a class's box
 SEVERITY = re.compile(r"([a-z_]+)-([1-5])")  # the folder that hardset corrupt writes a shard into
 
@@ -97,7 +99,7 @@ def _data(run: Run, have: Available, limits: Limits, class_names: Sequence[str],
         "every": scanned.step,
         "valued": scanned.values.num_rows,
         "total": sum(scanned.classes.values()),
-        "rows": ids.rows(have, shown),
+        "rows": ids.rows(have, shown, scanned.values, classes),
         "pictures": list(shown.values()),
         "shards": {shard: run.shards[shard].url for shard in sorted({shard for shard, _ in ids.places})},
         "gallery": [ids.of[place] for place in shown if place in ids.of],
@@ -167,7 +169,9 @@ class _Ids:
         self.table = everything.take(pa.array([first[place] for place in self.of]))
         self.places = list(self.of)
 
-    def rows(self, have: Available, shown: dict[tuple[int, int], str]) -> dict[str, Any]:
+    def rows(
+        self, have: Available, shown: dict[tuple[int, int], str], values: pa.Table, classes: np.ndarray
+    ) -> dict[str, Any]:
         """The table by columns, as JSON takes it."""
         picture = {place: number for number, place in enumerate(shown)}
         integers = {name: columns.labels_or_minus_one(self.table[name]).tolist() for name in have.integers}
@@ -180,9 +184,27 @@ class _Ids:
             "nearest": integers.pop(NEAREST, None),
             "predicted": {name.split("/")[1].removesuffix(".prediction"): v for name, v in integers.items()},
             "scores": {s.name: [rounded(v) for v in floats(self.table[s.name])] for s in have.scores},
-            "percentiles": {name: [rounded(v, 4) for v in floats(self.table[name])] for name in have.percentiles},
+            "in_class": {
+                name: [rounded(v, 4) for v in in_class(self.table, name, values, classes)]
+                for name in RANKED_IN_CLASS
+                if name in self.table.column_names
+            },
             "picture": [picture.get(place, -1) for place in self.places],
         }
+
+
+def in_class(table: pa.Table, name: str, values: pa.Table, classes: np.ndarray) -> np.ndarray:
+    """Share (n,) of the scores of its class that do not exceed a row's; NaN without a score.
+
+    Of the rows of `values`, whose classes are `classes` (N,): all of the corpus, or evenly spaced ones of a large one.
+    """
+    scores, mine, known = floats(table[name]), shown_class(table), floats(values[name])
+    found = np.full(len(scores), np.nan)
+    for label in np.unique(mine).tolist():
+        rows, among = (mine == label) & np.isfinite(scores), np.sort(known[(classes == label) & np.isfinite(known)])
+        if len(among):
+            found[rows] = np.searchsorted(among, scores[rows], side="right") / len(among)
+    return found
 
 
 def _doubted_share(hardest: pa.Table | None) -> float | None:

@@ -58,11 +58,10 @@ class Score:
 
 @dataclasses.dataclass(frozen=True)
 class Available:
-    """What a run has: shards embedded, scores and their percentiles, integer columns, what was left out and why."""
+    """What a run has: shards embedded, scores, integer columns, what was left out and why."""
 
     shards: tuple[int, ...]
     scores: tuple[Score, ...]
-    percentiles: tuple[str, ...]
     integers: tuple[str, ...]
     notes: tuple[str, ...]
 
@@ -149,10 +148,10 @@ def available(run: Run, limits: Limits) -> Available:
         else:
             fields += [(group, field) for field in column_groups.schema(run.uri, group, shards[0])]
     floating = [(group, field) for group, field in fields if pa.types.is_floating(field.type)]
-    ranks = [f"{group}.{field.name}" for group, field in floating if "percentile_of" in columns.about(field)]
+    # Files of an older version hold percentiles too.
     scores = [_score(*pair) for pair in floating if "percentile_of" not in columns.about(pair[1])]
     scores.sort(key=lambda score: SHOWN_FIRST.index(score.name) if score.name in SHOWN_FIRST else len(SHOWN_FIRST))
-    return Available(shards, tuple(scores), tuple(ranks), tuple(_integers(fields)), tuple(notes))
+    return Available(shards, tuple(scores), tuple(_integers(fields)), tuple(notes))
 
 
 def _latest(run: Run, groups: Sequence[str], most: int) -> tuple[list[str], list[str]]:
@@ -228,7 +227,7 @@ def scan(run: Run, have: Available, wanted: Sequence[Pick], limits: Limits) -> S
     starts = np.cumsum([0, *rows])[:-1]
     items = [(shard, tuple(int(-start % step) for step in steps)) for shard, start in zip(have.shards, starts)]
     names = [*have.integers, *(score.name for score in have.scores)]
-    shared = (run.uri, names, list(have.percentiles), list(wanted), tuple(steps))
+    shared = (run.uri, names, list(wanted), tuple(steps))
     parts: list[Scan] = []
     for part in in_order(scan_shard, items, *shared):
         parts.append(part)
@@ -242,12 +241,11 @@ def scan_shard(
     firsts: tuple[int, int],
     run_uri: str,
     names: list[str],
-    ranks: list[str],
     wanted: list[Pick],
     steps: tuple[int, int],
 ) -> Scan:
     """Ray task: what one shard adds; `firsts` are where its evenly spaced rows begin."""
-    table = joins.join(run_uri, shard, [*names, *ranks])
+    table = joins.join(run_uri, shard, names)
     values, points = (table.take(pa.array(np.arange(f, table.num_rows, s))) for f, s in zip(firsts, steps))
     return Scan(
         values.select(["shard", "label", *names]),

@@ -30,7 +30,7 @@ _CUI, _SQUARED = "Cui et al. 2023", "squared distance, dimensionless"
 
 _MEMBERS = "Albiero et al. 2023"
 
-# Every score column. Of percentiles see `percentile_fields`.
+# Every score column.
 SCORES = {
     "difficulty.md": Score(
         "squared Mahalanobis distance to the labelled class", "larger = harder", _SQUARED, f"{_CUI}, eq. 6"
@@ -43,12 +43,25 @@ SCORES = {
     ),
     "difficulty.weight": Score("weight of eq. 10", "larger = harder", "fraction in [0, 1]", f"{_CUI}, eq. 10"),
     "difficulty.nearest_md": Score(
-        "squared Mahalanobis distance to the nearest class", "larger = harder", _SQUARED, f"{_CUI}, eq. 6"
+        "squared Mahalanobis distance to the nearest class, the sample left out",
+        "larger = harder",
+        _SQUARED,
+        f"{_CUI}, eq. 6",
     ),
     "difficulty.margin": Score(
-        "md - the smallest md of another class",
+        "md_loo - the smallest md of another class, the sample left out",
         "larger = more suspicious label; above 0 = nearer another class",
         _SQUARED,
+        "hardset",
+    ),
+    "difficulty.md_loo": Score(
+        "md, the sample left out of its class mean and of the covariance", "larger = harder", _SQUARED, "hardset"
+    ),
+    "difficulty.rmd_loo": Score("rmd, the sample left out of both Gaussians", "larger = harder", _SQUARED, "hardset"),
+    "difficulty.label_error": Score(
+        "mean of the percentile ranks of margin and, where there are neighbours, of their vote",
+        "larger = more suspicious label",
+        "fraction in [0, 1]",
         "hardset",
     ),
     "difficulty.kmeans": Score(
@@ -92,29 +105,10 @@ SCORES = {
     ),
 }
 
-# The scores that get percentiles, by column group.
-RANKED = {DIFFICULTY: ("rmd", "margin"), "confusion": ("confusion",)}
-
 
 def score_field(column: str) -> pa.Field:
     """A float32 column of `SCORES`, with what it is, in which direction it points, its unit and source as metadata."""
     return pa.field(column.rpartition(".")[2], pa.float32(), metadata=SCORES[column]._asdict())
-
-
-def percentile_fields(column: str) -> list[pa.Field]:
-    """The two columns that say where a score stands: `NAME_percentile` among all, `NAME_percentile_in_class`."""
-    name = column.rpartition(".")[2]
-    direction = SCORES[column].direction.partition(";")[0]
-    fields = []
-    for suffix, among in (("", "all samples"), ("_in_class", "the samples of its class")):
-        about = {
-            "meaning": f"share of {among} of the reference whose {name} does not exceed this one's; ties share it",
-            "direction": direction,
-            "unit": "fraction in [0, 1]",
-            "percentile_of": name,
-        }
-        fields.append(pa.field(f"{name}_percentile{suffix}", pa.float32(), metadata=about))
-    return fields
 
 
 def known_field(group: str, field: pa.Field) -> pa.Field:
@@ -124,7 +118,7 @@ def known_field(group: str, field: pa.Field) -> pa.Field:
 
 
 def about(field: pa.Field) -> dict[str, str]:
-    """The metadata of a column as text: `meaning`, `direction`, `unit`, `source`; of a percentile `percentile_of`."""
+    """The metadata of a column as text: `meaning`, `direction`, `unit`, `source`."""
     return {key.decode(): value.decode() for key, value in (field.metadata or {}).items()}
 
 
@@ -143,8 +137,7 @@ DIFFICULTY_SCHEMA = pa.schema(
         LABEL,
         *(score_field(f"difficulty.{name}") for name in ("md", "md_agn", "rmd", "weight")),
         pa.field("nearest_class", pa.int64()),
-        *(score_field(f"difficulty.{name}") for name in ("nearest_md", "margin")),
-        *(field for name in RANKED[DIFFICULTY] for field in percentile_fields(f"difficulty.{name}")),
+        *(score_field(f"difficulty.{name}") for name in ("nearest_md", "margin", "md_loo", "rmd_loo", "label_error")),
     ]
 )
 

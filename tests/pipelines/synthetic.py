@@ -37,27 +37,40 @@ def write_shards(folder, sizes, classes=3, seed=0, first=0):
     return np.array(labels, np.int64)
 
 
-def make_run(folder, sizes=(40, 25, 35), classes=3, dim=6, seed=0, labelled=True):
-    """A run whose embeddings are Gaussian clusters; returns (run, features, labels) in corpus order."""
+def make_run(folder, sizes=(40, 25, 35), classes=3, dim=6, seed=0, labelled=True, views=1):
+    """A run whose embeddings are Gaussian clusters; returns (run, features, labels) in corpus order.
+
+    Features are (N, dim), with several views (N, views, dim).
+    """
     labels = write_shards(folder / "shards", sizes, classes, seed)
     rng = np.random.default_rng(seed + 1)
     centers = 2 * rng.normal(size=(classes, dim))
     features = (centers[labels] + rng.normal(size=(len(labels), dim)) @ rng.normal(size=(dim, dim))).astype(np.float32)
-    config = CorpusConfig(encoder="by hand", encoder_fingerprint="0", width=dim, label="cls" if labelled else "none")
+    if views > 1:
+        features = features[:, None] + 0.3 * rng.normal(size=(len(labels), views, dim)).astype(np.float32)
+    label = "cls" if labelled else "none"
+    config = CorpusConfig(encoder="by hand", encoder_fingerprint="0", width=dim, label=label, views=views)
     run = Run.create(str(folder / "run"), config, expand_shards(str(folder / "shards")))
-    schema = columns.embeddings_schema(dim, "float32", 1)
+    schema = columns.embeddings_schema(dim, "float32", views)
     start = 0
     for shard, size in enumerate(sizes):
         rows = slice(start, start + size)
-        table = pa.table(
-            {
-                "key": [f"s{index:06d}" for index in range(start, start + size)],
-                "shard": [shard] * size,
-                "row": list(range(size)),
-                "label": labels[rows] if labelled else [None] * size,
-                "embedding": columns.vector_array(features[rows], pa.float32()),
-            }
-        ).cast(schema)
+        found = features[rows].reshape(size, views * dim)
+        others = {"augmented": columns.vector_array(found[:, dim:], pa.float32())} if views > 1 else {}
+        table = (
+            pa.table(
+                others
+                | {
+                    "key": [f"s{index:06d}" for index in range(start, start + size)],
+                    "shard": [shard] * size,
+                    "row": list(range(size)),
+                    "label": labels[rows] if labelled else [None] * size,
+                    "embedding": columns.vector_array(found[:, :dim], pa.float32()),
+                }
+            )
+            .select(schema.names)
+            .cast(schema)
+        )
         facts = {
             "left_out": 0,
             "max_label": int(labels[rows].max()) if labelled and size else None,

@@ -126,7 +126,7 @@ const sheet = {
     const cell = (text) => make("td", { class: "n" }, text);
     const found = scores.map((score) => {
       const value = rows.scores[score.name][id], place = percentile(score.name, value);
-      const inClass = rows.percentiles[`${score.name}_percentile_in_class`]?.[id];
+      const inClass = rows.in_class[score.name]?.[id];
       return line(score.label, `${score.name}: ${score.meaning} (${score.direction})`,
         cell(short(value)), cell(place == null ? "–" : percent(place / 100)), cell(inClass == null ? "–" : percent(inClass)));
     });
