@@ -183,7 +183,9 @@ def fit(run: Run, gaussians: GaussianOptions, workers: WorkerOptions) -> dict[st
     if entry.get("curve"):
         say(f"fit: {_bought(entry['curve'], *entry['shrinkage'])}")
     if entry.get("classes_present") == 1:
-        say("fit: one class alone has samples: its Gaussian is the class-agnostic one, so md_agn is all there is to score")
+        say(
+            "fit: one class alone has samples: its Gaussian is the class-agnostic one, so md_agn is all there is to score"
+        )
     return entry
 
 

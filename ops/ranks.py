@@ -1,4 +1,8 @@
-"""Ranks among very many scores: exact while they are few, within a stated error from bounded memory when they are not."""
+"""Order statistics of very many scores.
+
+`Cells` count scores between bounds, so that a cut is found exactly in a few passes (`ops.cuts`). `RankSketch` takes one pass:
+its ranks and quantiles are exact while scores are few, and within a stated error from bounded memory when they are not.
+"""
 
 import dataclasses
 from typing import IO
@@ -6,6 +10,7 @@ from typing import IO
 import numpy as np
 
 EXACT_SCORES = 1 << 20  # so many scores are kept one by one: 4 MB
+FIRST_BITS = 12  # sign, exponent and three bits of the mantissa
 
 
 def sortable(scores: np.ndarray, lowest: bool = False) -> np.ndarray:
@@ -13,6 +18,29 @@ def sortable(scores: np.ndarray, lowest: bool = False) -> np.ndarray:
     bits = (np.ascontiguousarray(scores, np.float32) + 0.0).view(np.uint32)  # + 0.0: -0.0 equals 0.0
     keys = np.where(bits >> 31, ~bits, bits | np.uint32(1 << 31))
     return ~keys if lowest else keys
+
+
+@dataclasses.dataclass(frozen=True)
+class Cells:
+    """Cells of codes that are to be divided: lowest code (m,) uint64, ascending; bits of a cell and of its parts, (m,)."""
+
+    lows: np.ndarray
+    bits: np.ndarray
+    part_bits: np.ndarray
+
+    def count(self, codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Lowest codes (p,) uint64, ascending, of the parts that codes (n,) uint64 fall into, and how many fall into each."""
+        at = np.searchsorted(self.lows, codes, side="right") - 1
+        inside = (at >= 0) & (((codes - self.lows[at.clip(0)]) >> self.bits[at.clip(0)].astype(np.uint64)) == 0)
+        parts = self.part_bits[at[inside]].astype(np.uint64)
+        return np.unique(codes[inside] >> parts << parts, return_counts=True)
+
+
+def merge_counts(parts: list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
+    """Counts of parts of a corpus as those of the whole: distinct codes (m,) uint64, ascending, and their sums (m,) int64."""
+    codes, counts = (np.concatenate(arrays) for arrays in zip(*parts))
+    distinct, inverse = np.unique(codes, return_inverse=True)
+    return distinct, np.bincount(inverse, counts, minlength=len(distinct)).astype(np.int64)
 
 
 class RankSketch:

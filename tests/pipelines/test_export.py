@@ -68,7 +68,7 @@ def test_a_table_is_the_join_of_its_columns(scored, tmp_path, suffix):
 
 def test_without_columns_a_table_holds_every_score(scored, tmp_path):
     table = read(exported(scored[0], "table", tmp_path / "t.parquet"))
-    assert {"difficulty.rmd", "difficulty.margin_percentile_in_class"} <= set(table.column_names) and len(table) == 100
+    assert {"difficulty.rmd", "difficulty.label_error"} <= set(table.column_names) and len(table) == 100
 
 
 def test_cleanlabs_columns_from_the_margin(scored, tmp_path, capsys):

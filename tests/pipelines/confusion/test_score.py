@@ -67,10 +67,7 @@ def test_scores_are_those_of_the_whole_array(scored):
     np.testing.assert_allclose(column(run), expected.mean(axis=1), atol=1e-5)
     np.testing.assert_allclose(column(run, "confusion.entropy_std"), expected.std(axis=1), atol=1e-5)
     table = column_groups.read(run.uri, "confusion", 1)
-    assert table.schema.names == [
-        "key", "shard", "row", "confusion", "epochs", "seeds", "entropy_std", "confusion_percentile",
-        "confusion_percentile_in_class",
-    ]  # fmt: skip
+    assert table.schema.names == ["key", "shard", "row", "confusion", "epochs", "seeds", "entropy_std"]
     assert table["key"].to_pylist() == [f"s{index:06d}" for index in range(120, 200)]
     assert set(table["epochs"].to_pylist()) == {2} and set(table["seeds"].to_pylist()) == {2}
 
@@ -115,21 +112,17 @@ def test_without_labels_the_scores_are_the_same_and_only_a_missing_shard_is_scor
         np.testing.assert_array_equal(column(unlabelled), column(run))
 
 
-def test_percentiles_follow_growth_and_older_scores_are_not_computed_again(scored, tmp_path):
+def test_growth_scores_the_new_shards_only(scored, tmp_path):
     run, _, members = scored
-    grown, _, labels = make_run(tmp_path, SIZES)
+    grown = make_run(tmp_path, SIZES)[0]
     shards = grown.record["shards"]
     grown.record["shards"] = shards[:2]
     confusion.score(grown, run, members, 2, HeadScorer, PLAN)
-    young = column_groups.read(grown.uri, "confusion", 0)["confusion_percentile"]
+    young = storage.read_bytes(grown.path(column_groups.file_name("confusion", 0)))
     grown.record["shards"] = list(shards)
     assert confusion.score(grown, run, members, 2, HeadScorer, PLAN)["shards_done"] == 1
-    assert column_groups.read(grown.uri, "confusion", 0)["confusion_percentile"] != young
-    scores = column(grown)
-    for label, name in ((None, "confusion_percentile"), (1, "confusion_percentile_in_class")):
-        among = labels == label if label is not None else np.ones(len(labels), bool)
-        expected = np.searchsorted(np.sort(scores[among]), scores[among], side="right") / among.sum()
-        np.testing.assert_allclose(column(grown, f"confusion.{name}")[among], expected, rtol=1e-6)
+    assert storage.read_bytes(grown.path(column_groups.file_name("confusion", 0))) == young
+    np.testing.assert_array_equal(column(grown), column(run))
 
 
 @pytest.mark.parametrize("model", ["linear", "mlp:8"])

@@ -387,5 +387,4 @@ def test_run_is_unchanged(predicted):
         "embed",
         "fit",
         "score",
-        "percentiles/difficulty",
     }
