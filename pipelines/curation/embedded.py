@@ -8,8 +8,8 @@ import pyarrow as pa
 
 from ops.arrays import on_device
 from ops.mahalanobis import Gaussians, Scores
-from pipelines.curation.labels import labels_of
 from pipelines.runs import column_groups, columns
+from pipelines.runs.labels import Which, labels_of
 
 
 class Embedded(NamedTuple):
@@ -38,9 +38,11 @@ class Embedded(NamedTuple):
         return np.where(self.dropped, -1, self.labels)
 
 
-def iter_embedded(run_uri: str, shard: int, views: int = 1, beside: tuple[str, ...] = ()) -> Iterator[Embedded]:
+def iter_embedded(
+    run_uri: str, shard: int, views: int = 1, beside: tuple[str, ...] = (), which: Which = "decided"
+) -> Iterator[Embedded]:
     """A shard's rows in batches, so that memory does not grow with the shard; `views` = 1 reads the plain image's only."""
-    labels, dropped = labels_of(run_uri, shard)
+    labels, dropped = labels_of(run_uri, shard, which)
     names = ["embedding"] + (["augmented"] if views > 1 else [])
     start = 0
     for batch in column_groups.iter_batches(run_uri, columns.EMBEDDINGS, shard, [*beside, *names]):

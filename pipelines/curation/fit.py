@@ -24,9 +24,9 @@ from ops.ranks import RankSketch
 from ops.shrinkage_search import ShrinkageCurve, ShrinkageSearch
 from pipelines.curation import margins
 from pipelines.curation.embedded import iter_embedded, scores_of
-from pipelines.curation.labels import label_sources, labels_of
 from pipelines.runs import column_groups, columns, storage
 from pipelines.runs.errors import UserError
+from pipelines.runs.labels import Which, label_sources, labels_of
 from pipelines.runs.progress import Progress
 from pipelines.runs.record import CorpusConfig, Run, fingerprint
 from pipelines.runs.tasks import in_order, merged_parts
@@ -90,11 +90,19 @@ class ShardSums:
 
 
 def shard_sums(
-    shard: int, first: int, run_uri: str, num_classes: int, views: int, pilot: np.ndarray, step: int, device: str
+    shard: int,
+    first: int,
+    run_uri: str,
+    num_classes: int,
+    views: int,
+    pilot: np.ndarray,
+    step: int,
+    which: Which,
+    device: str,
 ) -> ShardSums:
     """Ray task: the sums of one shard, all its views, and every `step`-th of its rows from `first` on; step 0 = none."""
     sums, start = ShardSums(GaussianStats(num_classes, len(pilot), pilot=pilot), 0, [], []), 0
-    for part in iter_embedded(run_uri, shard, views):
+    for part in iter_embedded(run_uri, shard, views, which=which):
         labels = part.fitted_labels
         sums.embeddings += len(labels) * views
         kept = ~part.dropped if not num_classes else np.ones(len(labels), bool)
@@ -127,17 +135,17 @@ class ShardScores:
         return ShardScores(self.reference.add(other.reference), np.concatenate([self.margins, other.margins]))
 
 
-def shard_scores(shard: int, run_uri: str, gaussians: Gaussians, views: int, device: str) -> ShardScores:
+def shard_scores(shard: int, run_uri: str, gaussians: Gaussians, views: int, which: Which, device: str) -> ShardScores:
     """Ray task: rmd of one shard's samples that were fitted on, and the margins of all."""
     sums, found = ReferenceSums(), []
-    for part in iter_embedded(run_uri, shard, views):
+    for part in iter_embedded(run_uri, shard, views, which=which):
         scores = scores_of(part, gaussians, True, device)
         sums = sums.add(ReferenceSums.of(to_numpy(scores.rmd)[part.fitted_labels >= 0]))
         found.append(to_numpy(scores.margin).astype(np.float32))
     return ShardScores(sums, np.concatenate(found or [np.empty(0, np.float32)]))
 
 
-def fit(run: Run, shrinkage: str | float = "auto", device: str = "cpu") -> dict:
+def fit(run: Run, shrinkage: str | float = "auto", device: str = "cpu", labels: Which = "decided") -> dict:
     """Fit the Gaussians of a run's embeddings, unless the ones there were made from the same.
 
     Returns
@@ -155,19 +163,19 @@ def fit(run: Run, shrinkage: str | float = "auto", device: str = "cpu") -> dict:
     run.settle_classes(facts)
     if not any(f["rows"] for f in facts):
         raise UserError(f"{run.uri}: it holds no embedding, all samples are in quarantine; nothing to fit", "run")
-    embeddings = fingerprint(label_sources(facts))
+    embeddings = fingerprint(label_sources(run, facts, labels))
     source = fingerprint("gaussians", embeddings, str(shrinkage))
-    made_from = {"source": source, "embeddings": embeddings, "asked": str(shrinkage)}
+    made_from = {"source": source, "embeddings": embeddings, "asked": str(shrinkage), "labels": labels}
     there = _stored(run, source)
     if there is not None:  # also where a command died between the file and its record
         return _noted(run, there, made_from) | {"skipped": True}
     started = time.monotonic()
     shards = [shard for shard, f in enumerate(facts) if f["rows"]]
-    sums = _sums(run, shards, [f["rows"] for f in facts], shrinkage == "auto", device)
+    sums = _sums(run, shards, [f["rows"] for f in facts], shrinkage == "auto", labels, device)
     names = tuple(run.classes)
     gaussians = dataclasses.replace(_gaussians(sums, shrinkage, device), class_names=names, source=source)
     if names:
-        gaussians = dataclasses.replace(gaussians, reference=_reference(run, gaussians, shards, device))
+        gaussians = dataclasses.replace(gaussians, reference=_reference(run, gaussians, shards, labels, device))
     save_gaussians(run, gaussians)
     entry = made_from | describe(gaussians) | {"seconds": time.monotonic() - started}
     run.finish_stage("fit", **entry)
@@ -193,7 +201,7 @@ def _noted(run: Run, gaussians: Gaussians, made_from: dict) -> dict:
     return entry
 
 
-def _sums(run: Run, shards: Sequence[int], rows: Sequence[int], choose: bool, device: str) -> ShardSums:
+def _sums(run: Run, shards: Sequence[int], rows: Sequence[int], choose: bool, which: Which, device: str) -> ShardSums:
     """The sums of all shards, and the rows to choose the shrinkage by, evenly spaced over the corpus."""
     views, num_classes, pilot = run.config.views, len(run.classes), _pilot_mean(run, shards[0])
     most = max(LEAST_CHOICE_ROWS, CHOICE_DISTANCES // max(1, num_classes))
@@ -203,7 +211,7 @@ def _sums(run: Run, shards: Sequence[int], rows: Sequence[int], choose: bool, de
     items = [(shard, int(-starts[shard] % step) if step else 0) for shard in shards]
     progress = Progress("fit", len(shards))
     sums = ShardSums(GaussianStats(num_classes, run.config.width, pilot=pilot), 0, [], [])
-    shared = (run.uri, num_classes, views, pilot, step, device)
+    shared = (run.uri, num_classes, views, pilot, step, which, device)
     gpus = 1 if device == "cuda" else 0
     for part, done in merged_parts(shard_sums, items, *shared, merge=ShardSums.merge, num_gpus=gpus):
         sums = sums.merge(part)
@@ -233,10 +241,10 @@ def _portions(sums: ShardSums) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         yield rows[start : start + CHOICE_TASK_ROWS], labels[start : start + CHOICE_TASK_ROWS]
 
 
-def _reference(run: Run, gaussians: Gaussians, shards: Sequence[int], device: str) -> Reference:
+def _reference(run: Run, gaussians: Gaussians, shards: Sequence[int], which: Which, device: str) -> Reference:
     """Reference of the weights; on the way the ranks of margin are counted and stored, which score needs."""
     sums, sketch = ReferenceSums(), RankSketch()
-    shared = (run.uri, _ready(gaussians), run.config.views, device)
+    shared = (run.uri, _ready(gaussians), run.config.views, which, device)
     gpus = 1 if device == "cuda" else 0
     items = [(shard,) for shard in shards]
     for part, _ in merged_parts(shard_scores, items, *shared, merge=ShardScores.merge, num_gpus=gpus):

@@ -17,10 +17,10 @@ from ops.ranks import RankSketch, RankTable
 from pipelines.curation import margins, votes
 from pipelines.curation.embedded import Embedded, iter_embedded, scores_of
 from pipelines.curation.fit import load_gaussians
-from pipelines.curation.labels import label_sources
 from pipelines.runs import column_groups, columns, storage
 from pipelines.runs.errors import UserError
 from pipelines.runs.executor import Output, Stage, Task, finished
+from pipelines.runs.labels import Which, label_sources
 from pipelines.runs.record import Run, fingerprint
 from pipelines.runs.tasks import in_order, merged_parts
 from pipelines.summary import group_summary
@@ -53,6 +53,7 @@ class Scorer(NamedTuple):
         Of k-means.
     margins, votes : RankTable, or None
         Among the run's samples; None where there is no such score.
+    labels : {"decided", "original"}
     device : str
     """
 
@@ -63,6 +64,7 @@ class Scorer(NamedTuple):
     centers: np.ndarray | None
     margins: RankTable | None
     votes: RankTable | None
+    labels: Which
     device: str
 
     @property
@@ -86,7 +88,7 @@ class ScoreShards:
     def _tables(self, shard: int) -> Iterator[pa.Table]:
         vote = None if self.scorer.votes is None else votes.of_shard(self.run_uri, shard)
         beside, start = tuple(field.name for field in columns.KEYS), 0
-        for part in iter_embedded(self.run_uri, shard, self.scorer.views_read, beside):
+        for part in iter_embedded(self.run_uri, shard, self.scorer.views_read, beside, self.scorer.labels):
             rows = slice(start, start + len(part.labels))
             yield _score_batch(part, None if vote is None else vote[rows], self.scorer, self.schema)
             start = rows.stop
@@ -194,7 +196,13 @@ def _every(shard: int, first: int, run_uri: str, step: int) -> np.ndarray:
     return columns.vectors(column)[first::step]
 
 
-def score(run: Run, weighting: Weighting, centers: np.ndarray | None = None, device: str = "cpu") -> dict:
+def score(
+    run: Run,
+    weighting: Weighting,
+    centers: np.ndarray | None = None,
+    device: str = "cpu",
+    labels: Which = "decided",
+) -> dict:
     """Write `difficulty/` for the shards whose embeddings, labels, neighbours, Gaussians or weighting changed.
 
     Returns
@@ -210,15 +218,16 @@ def score(run: Run, weighting: Weighting, centers: np.ndarray | None = None, dev
     """
     started = time.monotonic()
     facts = run.embedding_facts()
-    gaussians, fitted = _gaussians(run, facts)
+    labelled = label_sources(run, facts, labels)
+    gaussians, fitted = _gaussians(run, labelled)
     judged = gaussians.num_classes > 0 and not one_class(gaussians)
     voted = votes.source_of(run, facts) if judged else None
-    sources = _sources(run, weighting, centers, facts, gaussians, voted)
+    sources = _sources(weighting, centers, labelled, gaussians, voted)
     pending = column_groups.pending(run.uri, columns.DIFFICULTY, sources)
     tables: tuple[RankTable | None, RankTable | None] = (None, None)
     if pending and judged:
-        tables = _margin_ranks(run, gaussians, fitted, facts, device), voted and votes.ranks(run)
-    scorer = Scorer(gaussians, fitted, run.config.views, weighting, centers, *tables, device)
+        tables = _margin_ranks(run, gaussians, fitted, labelled, labels, device), voted and votes.ranks(run)
+    scorer = Scorer(gaussians, fitted, run.config.views, weighting, centers, *tables, labels, device)
     gpus = 1 if device == "cuda" else 0
     arguments, rows = (run.uri, scorer), [f["rows"] for f in facts]
     stage = Stage("score", columns.DIFFICULTY, sources, ScoreShards, arguments, rows=rows, num_gpus=gpus)
@@ -233,11 +242,11 @@ def score(run: Run, weighting: Weighting, centers: np.ndarray | None = None, dev
     }
     if pending or run.stage("score") is None:
         counts["quantiles"] = group_summary(run, columns.DIFFICULTY)["quantiles"]
-        run.finish_stage("score", **counts, weighting=dataclasses.asdict(weighting))
+        run.finish_stage("score", **counts, weighting=dataclasses.asdict(weighting), labels=labels)
     return counts
 
 
-def _gaussians(run: Run, facts: list[dict]) -> tuple[Gaussians, bool]:
+def _gaussians(run: Run, labelled: list[str]) -> tuple[Gaussians, bool]:
     """The run's Gaussians and whether they were fitted on it. UserError if they are missing or of other embeddings."""
     entry = run.stage("fit")
     if entry is None:
@@ -248,34 +257,36 @@ def _gaussians(run: Run, facts: list[dict]) -> tuple[Gaussians, bool]:
     fitted = "from" not in entry
     if gaussians.source not in (None, entry["source"]):  # None: of a version whose files didn't say
         raise UserError(f"{run.uri}: its Gaussians are not those that the last fit noted; run hardset fit first", "run")
-    if fitted and entry["embeddings"] != fingerprint(label_sources(facts)):
-        raise UserError(f"{run.uri}: embeddings changed since the Gaussians were fitted; run hardset fit first", "run")
+    if fitted and entry["embeddings"] != fingerprint(labelled):
+        raise UserError(
+            f"{run.uri}: embeddings or labels changed since the Gaussians were fitted; run hardset fit first", "run"
+        )
     return dataclasses.replace(gaussians, source=entry["source"]), fitted
 
 
 def _sources(
-    run: Run,
     weighting: Weighting,
     centers: np.ndarray | None,
-    facts: list[dict],
+    labelled: list[str],
     gaussians: Gaussians,
     voted: str | None,
 ) -> list[str]:
     """What each shard's scores are made from. Ranks change with every shard of the run."""
     kmeans = None if centers is None else fingerprint(centers.tolist())
     how = (gaussians.source, dataclasses.asdict(weighting), kmeans, columns.DIFFICULTY_SCHEMA.names, voted)
-    labelled = label_sources(facts)
     return [fingerprint(columns.DIFFICULTY, source, fingerprint(labelled), *how) for source in labelled]
 
 
-def _margin_ranks(run: Run, gaussians: Gaussians, fitted: bool, facts: list[dict], device: str) -> RankTable:
+def _margin_ranks(
+    run: Run, gaussians: Gaussians, fitted: bool, labelled: list[str], which: Which, device: str
+) -> RankTable:
     """The ranks of margin among the run's samples: stored, or counted now and stored."""
-    source = margins.source_of(gaussians.source, None if fitted else fingerprint(label_sources(facts)))
+    source = margins.source_of(gaussians.source, None if fitted else fingerprint(labelled))
     table = margins.load(run, source)
     if table is None:
         sketch, views = RankSketch(), run.config.views if fitted else 1
-        items = [(shard,) for shard, f in enumerate(facts) if f["rows"]]
-        shared = (run.uri, gaussians, fitted, views, device)
+        items = [(shard,) for shard in range(len(labelled))]
+        shared = (run.uri, gaussians, fitted, views, which, device)
         gpus = 1 if device == "cuda" else 0
         for part, _ in merged_parts(_shard_margins, items, *shared, merge=_joined, num_gpus=gpus):
             sketch.add(part)
@@ -288,7 +299,10 @@ def _joined(one: np.ndarray, other: np.ndarray) -> np.ndarray:
     return np.concatenate([one, other])
 
 
-def _shard_margins(shard: int, run_uri: str, gaussians: Gaussians, fitted: bool, views: int, device: str) -> np.ndarray:
+def _shard_margins(
+    shard: int, run_uri: str, gaussians: Gaussians, fitted: bool, views: int, which: Which, device: str
+) -> np.ndarray:
     """Ray task: the margins of a shard's samples, (rows,) float32."""
-    parts = [scores_of(part, gaussians, fitted, device).margin for part in iter_embedded(run_uri, shard, views)]
+    batches = iter_embedded(run_uri, shard, views, which=which)
+    parts = [scores_of(part, gaussians, fitted, device).margin for part in batches]
     return np.concatenate([to_numpy(part).astype(np.float32) for part in parts] or [np.empty(0, np.float32)])
