@@ -24,6 +24,8 @@ class CorruptOptions:
     """corruptions by name, by family (noise, blur, weather, digital), or all of the four families"""
     severities: list[int] = dataclasses.field(default_factory=lambda: [1, 2, 3, 4, 5])
     """from 1 (mild) to 5 (strong)"""
+    image: str | None = None
+    """suffix of the member that is the image, such as input.jpg, where samples have several (default: the only one)"""
     seed: int = 0
     """of noise, directions and shapes"""
 
@@ -35,12 +37,15 @@ class CorruptOptions:
 def corrupt(session: SessionOptions, asked: CorruptOptions) -> dict[str, Any]:
     """Write the copies that are not there yet."""
     from pipelines.corpus.corrupt import corrupt_shards, named_kinds
+    from pipelines.corpus.samples import plain_suffix
     from pipelines.corpus.shards import expand_shards
     from pipelines.runs import storage
     from pipelines.runs.lease import lease
     from pipelines.runs.progress import duration
 
     kinds, shards = named_kinds(asked.kinds), expand_shards(asked.shards, tell=say)
+    if asked.image is not None:
+        shards = [dataclasses.replace(shard, image=plain_suffix(asked.image)) for shard in shards]
     say(
         f"shards: {len(shards)}, first {shards[0].url}, last {shards[-1].url}; {len(kinds)} corruptions at severities "
         f"{', '.join(map(str, asked.severities))}"

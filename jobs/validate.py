@@ -27,6 +27,10 @@ class ValidateOptions:
     """cls, json:FIELD, or none for images without labels"""
     classes: str | None = None
     """text file of class names, one a line, in the order of the labels; then cls may hold names"""
+    image: str | None = None
+    """suffix of the member that is the image, such as input.jpg, where samples have several (default: the only one)"""
+    label_member: str | None = None
+    """suffix of the member that holds the label, such as output.cls (default: the only one of the kind that label names)"""
     max_pixels: int = 100_000_000
     """an image of more pixels than this is bad"""
     most_shards: int = 1000
@@ -45,15 +49,19 @@ class ValidateOptions:
 def validate(session: SessionOptions, asked: ValidateOptions) -> dict[str, Any]:
     """Read, tell; `failed` says so when more is bad than allowed."""
     from pipelines.corpus import validate as validating
-    from pipelines.corpus.samples import LabelSource
+    from pipelines.corpus.packed import names_beside
+    from pipelines.corpus.samples import LabelSource, plain_suffix
     from pipelines.corpus.shards import expand_shards
     from pipelines.corpus.text import read_names
 
+    image, member = (None if s is None else plain_suffix(s) for s in (asked.image, asked.label_member))
     names = None if asked.classes is None else read_names(asked.classes)
-    LabelSource(asked.label, names)  # its own ValueError for a label source that is none
+    LabelSource(asked.label, names)  # its own UserError for a label source that is none
     encoder = _encoder(asked.encoder)
     shards = expand_shards(asked.shards, tell=say)
-    check = validating.Check(asked.label, names, asked.decode_every, asked.max_pixels)
+    if names is None and asked.label == "cls":
+        names = names_beside([shard.url for shard in shards])
+    check = validating.Check(asked.label, names, asked.decode_every, asked.max_pixels, image, member)
     with ray_session(session):
         found = validating.validate(shards, check, asked.most_shards)
     found["encoder"] = encoder
@@ -80,11 +88,21 @@ def _encoder(spec: str | None) -> dict[str, Any] | None:
 
 
 def _show(found: dict[str, Any], asked: ValidateOptions, first: str, last: str) -> None:
+    from pipelines.corpus.samples import SORTING
+
     shards, images = found["shards"], found["images"]
     say(f"shards: {shards['listed']}, first {first}, last {last}")
     sampled = "all of them" if shards["read"] == shards["listed"] else "an even sample (--most-shards)"
     say(f"  read {shards['read']}, {sampled}: {found['bytes'] / 1e6:,.1f} MB, {shards['damaged']} damaged")
-    say(f"  samples {found['samples']:,}, left out as read {found['left_out']:,}")
+    lost = found["lost"]
+    rest = f", {lost['bytes'] / 1e6:,.1f} MB unreadable, about {lost['estimated']:,} samples" if lost["bytes"] else ""
+    say(f"  samples {found['samples']:,}, left out as read {lost['certain']:,}{rest}")
+    if found["apart"]:
+        say(f"  {found['apart']:,} samples stand in two places of their tar: {SORTING}")
+    if found["without_end_mark"]:
+        say(f"  {found['without_end_mark']:,} tars stop without an end mark: written so, or cut behind a member")
+    if found["rotated"]:
+        say(f"  {found['rotated']:,} of the decoded images carry an EXIF rotation (curate --exif ignore|apply)")
     say(
         f"  images decoded {images['decoded']:,} (one in {asked.decode_every}), of these {images['undecodable']:,} cannot be; "
         f"{images['mean_bytes'] / 1e3:,.1f} kB on average; {_counts(found['formats'])}; "

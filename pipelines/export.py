@@ -9,7 +9,6 @@ datacomp  a subset's uids.npy (DataComp's subset file)
 """
 
 import json
-import tarfile
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -24,7 +23,10 @@ import pyarrow.parquet as pq
 
 from ops.decoding import format_of
 from ops.label_quality import label_quality_of_margin, normalized_margin
+from pipelines.corpus import text
+from pipelines.corpus.samples import SampleNumbering, member_rank
 from pipelines.corpus.shards import read_images
+from pipelines.corpus.tarstream import ByteStream, TarStream
 from pipelines.curation.select import write_uids
 from pipelines.runs import column_groups, columns, joins, storage
 from pipelines.runs.errors import UserError
@@ -375,18 +377,30 @@ def _export_uids(run: Run, out: str, subset: str | None, uid: str) -> dict[str, 
 
 
 def _json_uids(uri: str, field: str) -> Iterator[str]:
-    """The uids in the json members of a subset's tar, which select wrote."""
+    """The uids in the json members of a subset's tar, which select wrote: one of each sample that has such a member."""
     filesystem, path = storage.open_filesystem(uri)
-    with filesystem.open_input_stream(path, compression=None) as stream, tarfile.open(fileobj=stream, mode="r|") as tar:
-        for member in tar:
-            if member.isfile() and member.name.endswith(".json") and member.size <= JSON_BYTES:
-                yield _checked_uid(tar.extractfile(member).read(), field, f"{uri}: {member.name}")
-            tar.members = []  # or the index of what was read grows with the tar
+    stream = ByteStream(lambda: filesystem.open_input_stream(path, compression=None))
+    tar, numbering, row, best = TarStream(stream), SampleNumbering(), -1, (0, b"", "")
+    try:
+        while (member := tar.next()) is not None:
+            place = numbering.place(member)
+            if place is None or member.kind != "file" or member.size > JSON_BYTES:
+                continue
+            if place.row != row and best[0]:
+                yield _checked_uid(best[1], field, best[2])
+            row, best = place.row, best if place.row == row else (0, b"", "")
+            rank = member_rank(place.suffix, ("json",))
+            if rank > best[0]:
+                best = (rank, tar.body(), f"{uri}: {member.name}")
+    finally:
+        stream.close()
+    if best[0]:
+        yield _checked_uid(best[1], field, best[2])
 
 
 def _checked_uid(data: bytes, field: str, where: str) -> str:
     try:
-        value = json.loads(data)[field]
+        value = json.loads(text.decode(data))[field]
         if len(value) == 32 and int(value, 16) >= 0:
             return value
     except (ValueError, KeyError, TypeError):

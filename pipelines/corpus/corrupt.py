@@ -10,6 +10,7 @@ import dataclasses
 import io
 import itertools
 import json
+import re
 import tarfile
 import time
 from collections import Counter
@@ -21,7 +22,7 @@ from PIL import Image
 
 from ops.corruptions import CORRUPTIONS, SEVERITIES, corrupt
 from ops.decoding import ImageError, decode_image
-from pipelines.corpus.samples import IMAGE_SUFFIXES, LabelSource, SampleNumbering
+from pipelines.corpus.samples import IMAGE_SUFFIXES, LabelSource, SampleNumbering, member_rank
 from pipelines.corpus.shards import read_shard
 from pipelines.corpus.tarstream import ByteStream, TarDamage, TarStream
 from pipelines.runs import storage
@@ -129,6 +130,7 @@ def corrupt_shards(
 def output_names(shards: Sequence[Shard]) -> list[str]:
     """A file name for each shard: its own, with its number in front where several have the same."""
     names = [shard.url.partition("?")[0].rstrip("/").rpartition("/")[2] for shard in shards]
+    names = [re.sub(r"\.(tar\.gz|tgz)$", ".tar", name) for name in names]  # copies are not compressed
     count = Counter(names)
     return [name if count[name] == 1 else f"{number:06d}-{name}" for number, name in enumerate(names)]
 
@@ -143,7 +145,8 @@ def _record(target: str, shard: Shard, corruption: Corruption) -> dict | None:
 
 
 def _source(shard: Shard, corruption: Corruption) -> str:
-    return fingerprint("corrupt", shard.found(), dataclasses.asdict(corruption))
+    image = [] if shard.image is None else [shard.image]
+    return fingerprint("corrupt", shard.found(), dataclasses.asdict(corruption), *image)
 
 
 def corrupt_shard(number: int, shard: Shard, target: str, corruption: Corruption) -> dict[str, int]:
@@ -157,7 +160,7 @@ def corrupt_shard(number: int, shard: Shard, target: str, corruption: Corruption
     ):
         for row, members in _samples(shard, good):
             try:
-                members = [_corrupted(name, data, (corruption.seed, number, row), corruption) for name, data in members]
+                members = _corrupted(members, shard.image, (corruption.seed, number, row), corruption)
             except ImageError:  # it would be left out when it is embedded, as in the original
                 bad += 1
                 continue
@@ -179,8 +182,8 @@ def _good_rows(number: int, shard: Shard) -> Iterator[int]:
         yield from kept["row"].to_pylist()
 
 
-def _samples(shard: Shard, good: set[int]) -> Iterator[tuple[int, list[tuple[str, bytes]]]]:
-    """(row, [(member name, bytes), …]) of the good samples of a shard, in order; one sample in memory."""
+def _samples(shard: Shard, good: set[int]) -> Iterator[tuple[int, list[tuple[str, str, bytes]]]]:
+    """(row, [(member name, suffix, bytes), …]) of the good samples of a shard, in order; one sample in memory."""
     filesystem, path = storage.open_filesystem(shard.url)
     stream = ByteStream(lambda: filesystem.open_input_stream(path, compression=None))
     numbering, row, members = SampleNumbering(), None, []
@@ -194,7 +197,7 @@ def _samples(shard: Shard, good: set[int]) -> Iterator[tuple[int, list[tuple[str
                 yield row, members
                 members = []
             row = place.row
-            members.append((member.name, tar.body()))
+            members.append((member.name, place.suffix, tar.body()))
     except TarDamage:
         pass  # what was whole before the damage stays, as when the shard is embedded
     finally:
@@ -203,12 +206,20 @@ def _samples(shard: Shard, good: set[int]) -> Iterator[tuple[int, list[tuple[str
         yield row, members
 
 
-def _corrupted(name: str, data: bytes, seed: tuple[int, int, int], corruption: Corruption) -> tuple[str, bytes]:
-    """A member's new name and bytes: images corrupted and as PNG, all else as it is."""
-    stem, _, suffix = name.rpartition(".")
-    if suffix.lower() not in IMAGE_SUFFIXES:
-        return name, data
-    picture = corrupt(decode_image(data, max_pixels=corruption.max_pixels), corruption.kind, corruption.severity, seed)
+def _corrupted(
+    members: list[tuple[str, str, bytes]], image: str | None, seed: tuple[int, int, int], corruption: Corruption
+) -> list[tuple[str, bytes]]:
+    """New names and bytes of a sample's members: its image corrupted and as PNG, all else, masks too, as it is."""
+    ranks = [member_rank(suffix, IMAGE_SUFFIXES, image) for _, suffix, _ in members]
+    chosen = ranks.index(max(ranks))
+    return [
+        _corrupted_image(name, data, seed, corruption) if place == chosen else (name, data)
+        for place, (name, _, data) in enumerate(members)
+    ]
+
+
+def _corrupted_image(name: str, data: bytes, seed: tuple[int, int, int], corruption: Corruption) -> tuple[str, bytes]:
+    picture = corrupt(decode_image(data, corruption.max_pixels), corruption.kind, corruption.severity, seed)
     stream = io.BytesIO()
     Image.fromarray(np.ascontiguousarray(picture.permute(1, 2, 0).numpy())).save(stream, "PNG")
-    return f"{stem}.png", stream.getvalue()
+    return f"{name.rpartition('.')[0]}.png", stream.getvalue()

@@ -15,7 +15,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from ops.decoding import ImageError, decode_image
+from ops.decoding import ImageError, decode_picture, format_of
+from pipelines.corpus.loss import loss_of
 from pipelines.corpus.samples import LabelSource
 from pipelines.corpus.shardlist import evenly
 from pipelines.corpus.shards import read_shard
@@ -40,12 +41,16 @@ class Check:
     decode_every : int
         One image in so many is decoded; 1 = all.
     max_pixels : int
+    image, label_member : str or None
+        Suffixes of the members that are image and label, where samples have several.
     """
 
     label: str = "cls"
     class_names: tuple[str, ...] | None = None
     decode_every: int = 50
     max_pixels: int = 100_000_000
+    image: str | None = None
+    label_member: str | None = None
 
 
 @dataclasses.dataclass
@@ -56,6 +61,11 @@ class Findings:
     ----------
     samples, left_out, unreadable : int
         Samples that were numbered; those left out as read; shards whose rest cannot be read.
+    apart, unmarked, rotated : int
+        Samples that are a part of one which the tar does not keep together; tars that stop without an end mark; of the
+        decoded images those that their EXIF data would turn.
+    shards : list of dict
+        What `pipelines.corpus.loss` needs of each.
     decoded, undecodable : int
         Of the sample of images.
     reasons, examples : Counter, dict
@@ -72,6 +82,10 @@ class Findings:
     ignored: int = 0
     bytes: int = 0
     image_bytes: int = 0
+    apart: int = 0
+    unmarked: int = 0
+    rotated: int = 0
+    shards: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     reasons: Counter = dataclasses.field(default_factory=Counter)
     examples: dict[str, list[dict]] = dataclasses.field(default_factory=dict)
     labels: Counter = dataclasses.field(default_factory=Counter)
@@ -97,7 +111,8 @@ class Findings:
 def validate_shard(number: int, shard: Shard, check: Check) -> Findings:
     """Ray task: what is in one shard."""
     found = Findings()
-    for table in read_shard(number, shard, LabelSource(check.label, check.class_names)):
+    shard = dataclasses.replace(shard, image=check.image)
+    for table in read_shard(number, shard, LabelSource(check.label, check.class_names, member=check.label_member)):
         _look_at(table, check, found)
     return found
 
@@ -119,6 +134,10 @@ def _look_at(table: pa.Table, check: Check, found: Findings) -> None:
     if end is not None:
         counts = json.loads(end)
         found.ignored += counts["ignored"]
+        found.apart += counts["apart"]
+        found.unmarked += not counts["end_mark"]
+        noted = {name: counts[name] for name in ("left_out", "rest_bytes", "rest_samples")}
+        found.shards.append(noted | {"rows": counts["entries"] - counts["left_out"], "size": counts["bytes"]})
         found.bytes += counts["bytes"]
 
 
@@ -127,23 +146,17 @@ def _decode(sample: pa.Table, check: Check, found: Findings) -> None:
     data = sample["image"][0].as_py()
     found.decoded += 1
     try:
-        picture = decode_image(data, max_pixels=check.max_pixels)
+        picture, orientation = decode_picture(data, max_pixels=check.max_pixels)
     except ImageError as error:
         found.undecodable += 1
         entry = sample.select(["shard", "row", "key", "member"]).to_pylist()[0]
         found.leave_out(entry | {"reason": str(error)})
         return
-    side = min(picture.shape[1:])
+    side = min(picture.shape[:2])
+    found.rotated += orientation != 1
     found.sizes[next((size for size in SIZES if side <= size), 1 << 20)] += 1
-    found.formats[_format(data)] += 1
-
-
-def _format(data: bytes) -> str:
-    """What an image that could be decoded is, by its first bytes: names do not bind."""
-    for name, magic in (("jpeg", b"\xff\xd8\xff"), ("png", b"\x89PNG"), ("gif", b"GIF8"), ("bmp", b"BM")):
-        if data.startswith(magic):
-            return name
-    return "webp" if data[8:12] == b"WEBP" else "other"
+    kind = format_of(data)
+    found.formats[{"jpg": "jpeg", "tif": "tiff"}.get(kind, kind)] += 1
 
 
 def validate(shards: Sequence[Shard], check: Check, most_shards: int | None = None) -> dict[str, Any]:
@@ -159,8 +172,9 @@ def validate(shards: Sequence[Shard], check: Check, most_shards: int | None = No
     Returns
     -------
     result : dict
-        JSON-able: shards (listed, read), samples, left_out, bad_fraction (that of curate: entries / (rows + entries), with
-        the undecodable share of the decoded images put in for all), reasons, classes, formats, sizes, and what the whole
+        JSON-able: shards (listed, read), samples, left_out, lost (samples for certain, samples that unreadable rests are
+        estimated to hold, bytes of these), bad_fraction (that of curate: lost samples of all, with the undecodable share
+        of the decoded images put in for all), reasons, classes, formats, sizes, and what the whole
         list would hold (`estimated`) if it is like the shards that were read.
     """
     started = time.monotonic()
@@ -170,9 +184,10 @@ def validate(shards: Sequence[Shard], check: Check, most_shards: int | None = No
     for part in in_order(validate_shard, items, check, num_cpus=CPUS_PER_SHARD):
         found.add(part)
         progress.shard(part.samples, part.left_out)
-    usable = found.samples - (found.left_out - found.unreadable)
+    loss = loss_of(found.shards)
+    usable = found.samples - loss.certain
     broken = found.undecodable / max(1, found.decoded)
-    bad = found.left_out + broken * usable
+    bad = loss.certain + broken * usable
     scale = sum(shard.size for shard in shards) / max(1, sum(shard.size for _, shard in items))
     return {
         "shards": {"listed": len(shards), "read": len(items), "damaged": found.unreadable},
@@ -183,7 +198,11 @@ def validate(shards: Sequence[Shard], check: Check, most_shards: int | None = No
             "undecodable": found.undecodable,
             "mean_bytes": found.image_bytes / max(1, usable),
         },
-        "bad_fraction": bad / max(1, found.samples + found.unreadable),
+        "lost": {"certain": loss.certain, "estimated": loss.estimated, "bytes": loss.bytes},
+        "bad_fraction": (bad + loss.estimated) / max(1, found.samples + loss.estimated),
+        "apart": found.apart,
+        "without_end_mark": found.unmarked,
+        "rotated": found.rotated,
         "reasons": {
             reason: {"count": count, "kind": kind_of(found.examples[reason][0]), "examples": found.examples[reason]}
             for reason, count in found.reasons.most_common(50)
@@ -203,6 +222,6 @@ def kind_of(entry: dict[str, Any]) -> str:
     reason = entry["reason"]
     if entry["row"] is None:
         return "tar"
-    if reason.startswith(("duplicate key", "key ")):
+    if reason.startswith(("duplicate key", "key ", "members apart")):
         return "key"
     return "label" if re.match(r".*label|unknown class|malformed json", reason) else "image"
