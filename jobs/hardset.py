@@ -25,6 +25,7 @@ COMMANDS = (
     "predict",
     "evaluate",
     "trust",
+    "pack",
     "corrupt",
     "validate",
     "plan",

@@ -9,6 +9,7 @@ from jobs.command import say
 from jobs.options import CorpusOptions, GaussianOptions, RunOptions, SubsetOptions, WeightOptions, WorkerOptions
 from jobs.session import Tracker
 from pipelines.corpus import moved as moving
+from pipelines.corpus.packed import CLASSES, record_beside
 from pipelines.corpus.samples import label_source, plain_suffix
 from pipelines.corpus.shardlist import look_up
 from pipelines.corpus.shards import expand_shards
@@ -52,7 +53,10 @@ def open_run(options: RunOptions, corpus: CorpusOptions, gaussians: GaussianOpti
         say(
             f"shards: {len(shards)}, {sum(s.size for s in shards) / 1e6:,.1f} MB, first {shards[0].url}, last {shards[-1].url}"
         )
-    config = known.config if known is not None and not _asks(corpus) else corpus_config(corpus, known and known.config)
+    if known is not None and not _asks(corpus):
+        config = known.config
+    else:
+        config = corpus_config(_as_packed(corpus, known, shards), known and known.config)
     if gaussians is not None and gaussians.gaussians is not None:
         fitting.check_adoptable(config, Run.open(gaussians.gaussians, "gaussians"))
     moved = moving.take_up(known, shards, moves) if known is not None else {}
@@ -74,6 +78,23 @@ def _listed(options: RunOptions, corpus: CorpusOptions, known: Run | None, moves
     if missing:
         raise UserError(f"{len(missing)} shards are not there, the first is {missing[0]}", "moved")
     return [Shard(file.url, file.size, file.mtime_ns) for file in found]
+
+
+def _as_packed(corpus: CorpusOptions, known: Run | None, shards: Sequence[Shard]) -> CorpusOptions:
+    """The options, with what pack noted beside its shards where they leave it open: class names, or that there is no label."""
+    if known is not None or corpus.classes is not None or corpus.label not in (None, "cls"):
+        return corpus
+    found = record_beside([shard.url for shard in shards])
+    if found is None:
+        return corpus
+    folder, record = found
+    if record.get("classes"):
+        say(f"classes: {record['classes']} names from {storage.join(folder, CLASSES)}")
+        return dataclasses.replace(corpus, classes=storage.join(folder, CLASSES))
+    if not record.get("labelled") and corpus.label is None:
+        say("labels: none, as hardset pack found none")
+        return dataclasses.replace(corpus, label="none")
+    return corpus
 
 
 def _asks(corpus: CorpusOptions) -> bool:

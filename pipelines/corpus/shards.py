@@ -8,7 +8,6 @@ nothing about the data.
 import hashlib
 import itertools
 import json
-import tarfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import BinaryIO, NamedTuple
@@ -28,6 +27,7 @@ from pipelines.corpus.samples import (
 )
 from pipelines.corpus.shardlist import find_shards
 from pipelines.corpus.tarstream import BLOCK, CHUNK_BYTES, ByteStream, Member, TarDamage, TarStream
+from pipelines.corpus.tarwriter import TarWriter
 from pipelines.runs import storage
 from pipelines.runs.record import Shard
 from pipelines.runs.retries import StorageError, retrying
@@ -353,11 +353,12 @@ def _digest(url: str) -> str:
         stream.close()
 
 
-class _SubsetWriter:
-    """Writes members with fixed headers; gives samples keys that are unique in this tar."""
+class _SubsetWriter(TarWriter):
+    """Gives samples keys that are unique in this tar."""
 
     def __init__(self, output: BinaryIO, relabelled: Relabelled | None = None):
-        self._output, self._keys, self._relabelled = output, set(), relabelled
+        super().__init__(output)
+        self._keys, self._relabelled = set(), relabelled
 
     def unique(self, key: str, number: int) -> str:
         folder, last = key[: key.rfind("/") + 1], key[key.rfind("/") + 1 :]
@@ -366,14 +367,6 @@ class _SubsetWriter:
             key = folder + last
         self._keys.add(key)
         return key
-
-    def add(self, name: str, size: int, pieces: Iterator[bytes]) -> None:
-        header = tarfile.TarInfo(name)
-        header.size = size
-        self._output.write(header.tobuf(tarfile.GNU_FORMAT, "utf-8", "surrogateescape"))
-        for piece in pieces:
-            self._output.write(piece)
-        self._output.write(bytes(-size % BLOCK))
 
     def relabel(self, tar: TarStream, member: Member, sample: SubsetSample, suffix: str) -> bytes | None:
         """The bytes of a member that holds the old label of a sample that gets another; None for every other member."""
