@@ -11,6 +11,7 @@ from typing import Any
 from jobs.command import Command, say
 from jobs.options import SessionOptions, at_least, named
 from jobs.session import ray_session
+from pipelines.runs.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,14 +56,26 @@ def pack(session: SessionOptions, asked: PackOptions) -> dict[str, Any]:
 COMMAND = Command("pack", __doc__, (SessionOptions, PackOptions), pack)
 
 
+def with_flags(words: Sequence[str]) -> list[str]:
+    """`SOURCE --out DIR` -> `--source SOURCE --out DIR`, wherever the source stands."""
+    switches = {"--json", "--help", "-h"}
+    found, rest, value_follows = [], [], False
+    for word in words:
+        is_flag = word.startswith("-")
+        (rest if is_flag or value_follows else found).append(word)
+        value_follows = is_flag and word not in switches and "=" not in word
+    if len(found) > 1:
+        raise UserError(f"expected one source, found {len(found)}: {' '.join(found)}", "source")
+    return [part for word in found for part in ("--source", word)] + rest
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """`SOURCE --out DIR` -> `--source SOURCE --out DIR`."""
-    words = list(sys.argv[1:] if argv is None else argv)
-    # A word in front of all options is the source; behind them it might be an option's value.
-    if words and not words[0].startswith("-"):
-        words = ["--source", *words]
-    elif len(words) > 1 and words[-2].startswith("--json") and not words[-1].startswith("-"):
-        words = [*words[:-1], "--source", words[-1]]
+    """Run the command; returns the exit status."""
+    try:
+        words = with_flags(sys.argv[1:] if argv is None else argv)
+    except UserError as error:
+        sys.stderr.write(f"hardset pack: error: {error.message}\n")
+        return 2
     return COMMAND.main(words)
 
 

@@ -211,6 +211,9 @@ def workplace(tmp_path_factory, ray_session, make_shard):
                 Image.fromarray(pixels.astype(np.uint8)).save(picture, "PNG")
                 given = (label + (row % 6 == 0)) % 3  # some labels are wrong: an oracle needs mistakes to learn from
                 samples.append((f"{shard}_{row:03d}", {"png": picture.getvalue(), "cls": str(given).encode()}))
+                photo = folder / "PHOTOS" / "rgb"[label] / f"{name}{shard}_{row:03d}.png"
+                photo.parent.mkdir(parents=True, exist_ok=True)
+                photo.write_bytes(picture.getvalue())
             make_shard(folder / "DIR" / f"{name}-{shard:06d}.tar", samples)
     (folder / "names.txt").write_text("red\ngreen\nblue\n")
     with pytest.MonkeyPatch.context() as patch:

@@ -88,7 +88,7 @@ def test_families_and_names():
 
 
 @pytest.mark.parametrize(
-    ("kinds", "severities", "message"), [(["fog"], [0], "--severities 0"), ([], [1], "at least one")]
+    ("kinds", "severities", "message"), [(["fog"], [0], "severities 0"), ([], [1], "at least one")]
 )
 def test_what_cannot_be_is_refused_before_any_work(shards, tmp_path, kinds, severities, message):
     with pytest.raises(ValueError, match=message):
