@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from pipelines.report import trusted
 from pipelines.report.curves import agreement, error_by_difficulty, histogram, outcome, risk_coverage, rounded
 from pipelines.report.pictures import pictures, places
 from pipelines.report.scan import (
@@ -109,6 +110,7 @@ def _data(run: Run, have: Available, limits: Limits, class_names: Sequence[str],
         "suspects": _suspect_ids(picked, ids),
         "doubted_hardest": _doubted_share(picked.get(f"high {main}")),
         "doubted": sum(scanned.pairs.values()),
+        "trusted": trusted.collect(run, scanned.values, main, scanned.classes, sum(scanned.pairs.values())),
         "points": [ids.of[place] for place in places(scanned.points)],
         "pairs": [[given, nearest, count] for (given, nearest), count in scanned.pairs.most_common(PAIRS)],
         "per_class": _per_class(scanned, classes, main),

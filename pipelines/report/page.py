@@ -9,7 +9,7 @@ from typing import Any
 from markupsafe import Markup, escape
 from plotly.offline import get_plotlyjs
 
-from pipelines.report import evaluation, review_page, words
+from pipelines.report import evaluation, review_page, trusted, words
 from pipelines.report.assets import asset, environment, json_block, packed
 from pipelines.report.data import collect
 from pipelines.report.scan import Limits
@@ -113,6 +113,7 @@ def render(
         source=source,
         reviewed=reviewed,
         words=words,
+        trusted=trusted,
         run=run,
         found=found,
         notes=found["notes"],
@@ -133,6 +134,7 @@ def sections(found: dict[str, Any], evaluated: bool) -> dict[str, str]:
         "gallery": ("Hardest and easiest", data.get("gallery") and data.get("scores")),
         "suspects": ("Likely label errors", data.get("suspects")),
         "map": ("Hard or mislabelled", _mapped(data)),
+        "trusted": ("Hard and clean", data.get("trusted")),
         "classes": ("Classes", len(data.get("per_class") or ()) > 1),
         "scores": ("Scores", data.get("scores")),
         "predictions": ("Predictions", evaluated),

@@ -70,7 +70,7 @@ def tiles(found: dict[str, Any]) -> list[dict[str, str]]:
     ]  # fmt: skip
     if data.get("labelled") and data["suspects"] is not None and _has(data, "difficulty.margin"):
         shown.append({"value": percent(data["doubted"] / max(1, found["rows"])), "what": "nearer another class",
-                      "remark": plural(data["doubted"], "possible label error"), "href": "#suspects"})  # fmt: skip
+                      "remark": f"{plural(data['doubted'], 'label')} in doubt", "href": "#suspects"})  # fmt: skip
     best = _best_set(data)
     if best:
         shown.append({"value": percent(data["sets"][best]["accuracy"]), "what": f"accuracy of {best}",

@@ -78,6 +78,27 @@ const charts = {
       : `All ${whole(report.total)} images, ${whole(pictured)} with their picture in this file.`;
   },
 
+  doubts(element) {
+    const parts = report.trusted.tenths, color = style("--series-1");
+    return Plotly.react(element, [{
+      type: "bar", x: parts.map((_, i) => i + 1), y: parts.map((part) => part.error), marker: { color, opacity: 0.85 },
+      error_y: { type: "data", symmetric: false, array: parts.map((part) => part.to - part.error), arrayminus: parts.map((part) => part.error - part.from), color: style("--ink"), thickness: 1, width: 0 },
+      customdata: parts.map((part) => [percent(part.error), percent(part.from), percent(part.to), short(part.low), short(part.high), whole(part.count)]),
+      hovertemplate: `%{customdata[0]} nearer another class<br>95 %: %{customdata[1]} to %{customdata[2]}<br>%{customdata[5]} images, ${plain(scoreOf.get(report.main).label)} %{customdata[3]} to %{customdata[4]}<extra></extra>`,
+    }], layout({ ...framed,
+      xaxis: axis("tenth of difficulty, the hardest at the right", { dtick: 1, showgrid: false }), yaxis: axis("share with margin above 0", { tickformat: ".0%", range: [0, 1.02] }) }), CONFIG);
+  },
+
+  shrinkage(element) {
+    const { shrinkage, log_loss: losses, chosen } = report.trusted.curve;
+    const at = shrinkage.indexOf(chosen);
+    return Plotly.react(element, [
+      { type: "scatter", mode: "lines+markers", x: shrinkage, y: losses, line: { color: style("--series-2"), width: 2 }, marker: { size: 6 }, hovertemplate: "shrinkage %{x:.3~g}<br>%{y:.4~g} nats an image<extra></extra>" },
+      { type: "scatter", mode: "markers", x: at < 0 ? [] : [chosen], y: at < 0 ? [] : [losses[at]], marker: { size: 12, color: style("--series-1") }, hovertemplate: "chosen: %{x:.3~g}<br>%{y:.4~g} nats an image<extra></extra>" },
+    ], layout({ ...framed,
+      xaxis: axis("shrinkage towards the diagonal", { range: [-0.03, 1], showgrid: false }), yaxis: axis("log-loss of the class, nats", { tickformat: ".3~g" }) }), CONFIG);
+  },
+
   difficulty(element) {
     const sets = evaluated().filter(([, set]) => set.by_difficulty.length > 1);
     if (!sets.length) return hide(element);
