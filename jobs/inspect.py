@@ -4,6 +4,7 @@ hardset inspect --run RUN
 """
 
 import sys
+from collections.abc import Iterator
 
 from jobs.command import Command, say
 from jobs.options import RunOptions
@@ -31,6 +32,8 @@ def _show(summary: dict) -> None:
         f"{summary['samples']:,} samples = {summary['rows']:,} rows + {summary['left_out']:,} in quarantine "
         f"({100 * summary['bad_fraction']:.2f} %), {summary['classes']} classes from {summary['label']}"
     )
+    for line in _lost(summary):
+        say(line)
     for reason, entry in summary["quarantine"].items():
         say(
             f"  {entry['count']:>8,} × {reason}  (e.g. shard {entry['example']['shard']}, key {entry['example']['key']!r})"
@@ -51,6 +54,24 @@ def _show(summary: dict) -> None:
             say(f"planned {name}: {entry['planned']:,.4g}, actual {entry['actual']:,.4g}")
         else:
             say(f"planned, note: {entry}")
+
+
+def _lost(summary: dict) -> Iterator[str]:
+    """What is lost beyond the entries of the quarantine, and what the tars and pictures said of themselves."""
+    from pipelines.corpus.samples import SORTING
+
+    lost = summary["lost"]
+    if lost["bytes"]:
+        yield (
+            f"lost: {lost['certain']:,} samples for certain, about {lost['estimated']:,} more in {lost['bytes'] / 1e6:,.1f} MB "
+            "that cannot be read"
+        )
+    if summary["apart"]:
+        yield f"{summary['apart']:,} samples stand in two places of their tar: {SORTING}"
+    if summary["without_end_mark"]:
+        yield f"{summary['without_end_mark']:,} tars stop without an end mark: written so, or cut behind a member"
+    if summary["rotated"]:
+        yield f"{summary['rotated']:,} images carry an EXIF rotation, which was {summary['exif']}"
 
 
 COMMAND = Command("inspect", __doc__, (RunOptions,), inspect)

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from pipelines.corpus.loss import loss_of
 from pipelines.corpus.shardlist import evenly
 from pipelines.runs import column_groups, columns, decisions, storage
 from pipelines.runs.record import Run
@@ -22,18 +23,24 @@ def summarize(run: Run) -> dict[str, Any]:
     embedded = column_groups.all_facts(run.uri, columns.EMBEDDINGS, len(run.shards))
     rows = sum(f["rows"] for f in embedded if f)
     left_out = sum(f["left_out"] for f in embedded if f)
+    loss = loss_of(f for f in embedded if f)
     stages = {name: entry for name, entry in run.stages().items() if name != "plan"}
     return {
         "run": run.uri,
         "encoder": run.config.encoder,
         "width": run.config.width,
         "label": run.config.label,
+        "exif": "applied" if run.config.exif == "apply" else "ignored",
         "classes": len(run.classes),
         "shards": {"listed": len(run.shards), "embedded": sum(f is not None for f in embedded)},
         "samples": rows + left_out,
         "rows": rows,
         "left_out": left_out,
-        "bad_fraction": left_out / max(1, rows + left_out),
+        "lost": {"certain": loss.certain, "estimated": loss.estimated, "bytes": loss.bytes},
+        "bad_fraction": loss.fraction(rows),
+        "apart": sum(f.get("apart", 0) for f in embedded if f),
+        "without_end_mark": sum(not f.get("end_mark", True) for f in embedded if f),
+        "rotated": sum(f.get("rotated", 0) for f in embedded if f),
         "quarantine": quarantine_reasons(run),
         "decisions": decisions.count(run),
         "groups": {name: group_summary(run, name) for name in groups_of(run)},

@@ -76,13 +76,13 @@ def match(base: str, query: str, pattern: str, tell: Tell) -> list[Found]:
 def _descend(folder: str, query: str, parts: list[str], tell: Tell, by_pattern: bool = True) -> Iterator[Found]:
     """Matches below one folder; `by_pattern`: a wildcard led here, so a run directory is none of the input."""
     first, rest = parts[0], parts[1:]
-    if by_pattern and look_at(storage.join(folder, RECORD) + query).kind == "file":
+    if by_pattern and _reached(storage.join(folder, RECORD) + query, tell, by_pattern).kind != "missing":
         return
     if "**" in first:
         yield from _walk(folder, query, re.compile(_regex("/".join(parts)), re.DOTALL).fullmatch, tell)
         return
     if not MAGIC.search(first):  # a name of its own: no need to list its folder
-        found = look_at(storage.join(folder, first) + query)
+        found = _reached(storage.join(folder, first) + query, tell, by_pattern)
         if rest and found.kind == "folder":
             yield from _descend(storage.join(folder, first), query, rest, tell, by_pattern)
         elif not rest and found.kind == "file":
@@ -95,6 +95,17 @@ def _descend(folder: str, query: str, parts: list[str], tell: Tell, by_pattern: 
             yield from _descend(path, query, rest, tell)
         elif not rest and child.kind == "file":
             yield child
+
+
+def _reached(url: str, tell: Tell, by_pattern: bool) -> Found:
+    """What stands at a URL; nothing, which is told, where it cannot be looked at and only a wildcard led there."""
+    try:
+        return look_at(url)
+    except OSError as error:
+        if not by_pattern:
+            raise
+        tell(f"passed over {url.rpartition('/')[0]}: it cannot be looked into ({storage.first_line(error)})")
+        return Found(url, "missing")
 
 
 def _walk(folder: str, query: str, matches: Callable, tell: Tell) -> Iterator[Found]:

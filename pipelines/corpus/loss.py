@@ -3,6 +3,9 @@
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
+# Of what the reader says at a shard's end, what is noted with its embeddings.
+READER_FACTS = ("digest", "ends", "apart", "end_mark", "rest_bytes", "rest_samples")
+
 
 class Loss(NamedTuple):
     """Samples of some shards that are not used.

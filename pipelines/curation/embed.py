@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
-from pipelines.corpus.samples import label_source
+from pipelines.corpus.loss import READER_FACTS, Loss, loss_of
+from pipelines.corpus.samples import SORTING, label_source
 from pipelines.corpus.shards import shard_digest
 from pipelines.curation.workers import STEPS, Resources
 from pipelines.runs import cluster, column_groups, columns, storage
@@ -77,8 +78,7 @@ def commit_shard(shard: int, paths: list[str], end: dict, entry: Shard, config: 
     facts = {
         "left_out": bad.num_rows,
         "max_label": pa.compute.max(good["label"]).as_py(),
-        "digest": end["digest"],
-        "ends": end["ends"],
+        **{name: end[name] for name in READER_FACTS},
         "size": entry.size,
         "mtime_ns": entry.mtime_ns,
     }
@@ -227,10 +227,12 @@ def _sum_seconds(entries: list[dict[str, float]]) -> dict[str, float]:
     return {step: sum(entry.get(step, 0.0) for entry in entries) for step in STEPS}
 
 
-def _too_many_bad(left_out: int, rows: int, limit: float) -> None:
+def _too_many_bad(loss: Loss, rows: int, limit: float, apart: int) -> None:
+    rest = f", {loss.estimated} of them in unreadable rests by estimate" if loss.rests else ""
+    why = f"; {apart} stand in two places of their tar: {SORTING}" if apart else ""
     raise StageFailed(
-        f"{left_out} of {left_out + rows} samples are in quarantine, a fraction of {left_out / (left_out + rows):.4f}, "
-        f"more than `max_bad_fraction` {limit}; finished shards are kept, and hardset inspect lists the reasons"
+        f"{loss.samples} of {rows + loss.samples} samples are lost{rest}, a fraction of {loss.fraction(rows):.4f}, "
+        f"more than `max_bad_fraction` {limit}{why}; finished shards are kept, and hardset inspect lists the reasons"
     )
 
 
@@ -240,13 +242,15 @@ def _finish(
     """Reconcile all shards, old and new, settle the classes, and note the stage."""
     facts = run.embedding_facts()
     rows, left_out = sum(f["rows"] for f in facts), sum(f["left_out"] for f in facts)
-    if left_out > limit * (rows + left_out):
-        _too_many_bad(left_out, rows, limit)
+    loss, apart = loss_of(facts), sum(f.get("apart", 0) for f in facts)
+    if loss.fraction(rows) > limit:
+        _too_many_bad(loss, rows, limit, apart)
     if not rows:
         raise StageFailed("embed: no sample of any shard is usable; hardset inspect lists the reasons")
     counts = {
         "rows": rows,
         "left_out": left_out,
+        "lost": {"certain": loss.certain, "estimated": loss.estimated, "bytes": loss.bytes},
         "shards_done": len(done),
         "shards_skipped": len(facts) - len(done),
         "seconds": elapsed,

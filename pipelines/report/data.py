@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from pipelines.corpus.loss import loss_of
 from pipelines.report import trusted
 from pipelines.report.curves import agreement, error_by_difficulty, histogram, outcome, risk_coverage, rounded
 from pipelines.report.pictures import pictures, places
@@ -70,6 +71,7 @@ def collect(
         "samples": rows + left_out,
         "rows": rows,
         "left_out": left_out,
+        "loss": loss_of(embedded),
         "shards": len(run.shards),
         "pending": len(run.shards) - len(embedded),
         "quarantine": quarantine_reasons(run, EXAMPLES),

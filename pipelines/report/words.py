@@ -65,7 +65,7 @@ def tiles(found: dict[str, Any]) -> list[dict[str, str]]:
         {"value": f"{found['rows']:,}", "what": plural(found["rows"], "image")[len(f"{found['rows']:,} ") :] + " embedded",
          "remark": f"of {found['samples']:,}, in {plural(found['shards'] - found['pending'], 'shard')}", "href": "#scores"},
         {"value": f"{found['left_out']:,}", "what": "left out",
-         "remark": f"{percent(found['left_out'] / found['samples'])}: {_reasons(found, 1)}" if found["left_out"] else "every sample is in",
+         "remark": f"{percent(found['loss'].fraction(found['rows']))}: {_reasons(found, 1)}" if found["left_out"] else "every sample is in",
          "href": "#quarantine"},
     ]  # fmt: skip
     if data.get("labelled") and data["suspects"] is not None and _has(data, "difficulty.margin"):
@@ -182,8 +182,16 @@ def _predictions(data: dict[str, Any]) -> dict[str, str] | None:
 def _quarantine(found: dict[str, Any]) -> dict[str, str] | None:
     if not found["left_out"]:
         return None
-    text = f"{plural(found['left_out'], 'entry', 'entries')} left out: {_reasons(found, NAMED_REASONS)}."
+    text = f"{plural(found['left_out'], 'entry', 'entries')} left out: {_reasons(found, NAMED_REASONS)}.{_rests(found)}"
     return {"text": text, "href": "#quarantine", "link": "What was left out and why"}
+
+
+def _rests(found: dict[str, Any]) -> str:
+    loss = found["loss"]
+    if not loss.bytes:
+        return ""
+    unread = plural(loss.estimated, "sample")
+    return f" {loss.bytes / 1e6:,.1f} MB of {plural(loss.rests, 'shard')} cannot be read: about {unread} more, by estimate."
 
 
 def settings(run: Run) -> list[tuple[str, str]]:

@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 from scipy.stats import kendalltau, spearmanr
 
+from pipelines.corpus.loss import Loss
 from pipelines.report import assets, words
 from pipelines.report.curves import error_by_difficulty, histogram, wilson
 from pipelines.report.data import collect
@@ -237,9 +238,11 @@ def test_the_first_screen_says_why_something_is_left_out():
     quarantine = {
         reason: {"count": n, "example": {"reason": example}, "examples": []} for reason, (n, example) in entries.items()
     }
-    found = {"quarantine": quarantine, "left_out": 3}
+    found = {"quarantine": quarantine, "left_out": 3, "loss": Loss(3, 0, 0, 0)}
     assert words._quarantine(found)["text"] == "3 entries left out: label # is no class (2), broken PNG (1)."
     assert words._reasons(found, 1) == "label # is no class (2) and 1 more reason"
+    cut = words._quarantine(found | {"loss": Loss(2, 1200, 3_400_000, 1)})["text"]
+    assert cut.endswith(" 3.4 MB of 1 shard cannot be read: about 1,200 samples more, by estimate.")
 
 
 def test_no_more_is_read_than_asked(copied):

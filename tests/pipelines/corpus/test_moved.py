@@ -74,17 +74,20 @@ def test_a_pattern_descends_only_where_it_must(data):
 @pytest.mark.skipif(os.geteuid() != 0, reason="another user is needed")
 def test_an_unreadable_neighbour_is_passed_over_and_told(data):
     (data / "lost+found").mkdir(mode=0o700)
+    (data / "sub").mkdir(mode=0o755)
+    (data / "sub/a.tar").write_bytes((data / "a.tar").read_bytes())
     for folder in [data, *list(data.parents)[:3]]:
         folder.chmod(0o755)
     told = []
     os.seteuid(65534)
     try:
-        assert len(found(f"{data}/**/*.tar", tell=told.append)) == 3
+        assert len(found(f"{data}/**/*.tar", tell=told.append)) == 4
+        assert found(f"{data}/*/a.tar", tell=told.append) == [f"{data}/sub/a.tar"]
         with pytest.raises(UserError, match="can't be listed"):
             found(f"{data}/lost+found")
     finally:
         os.seteuid(0)
-    assert len(told) == 1 and "lost+found" in told[0]
+    assert told and all("lost+found" in line for line in told)
 
 
 def embedded(tmp_path, shards):
