@@ -2,12 +2,14 @@
 
     python benchmarks/evidence_review.py --cifar10 DIR --work WORK [--labels worst]
 
-DIR and WORK are those of evidence_subsets.py. In each round the person looks at the next samples of an order, decides, and the run
-is fitted and scored again, by the functions behind `hardset decide`, `fit` and `score`. Three orders: `label_error` of the scores of the moment; at random; and confident
-learning's, the probability of the given label under a linear head that did not see the sample (five folds, once, at the beginning).
+DIR and WORK are those of evidence_subsets.py. In each round the person looks at the next samples of an order, decides, and the
+run is fitted and scored again, by the functions behind `hardset decide`, `fit` and `score`. Three orders: `label_error` of the
+scores of the moment; at random; and confident learning's, the probability of the given label under a linear head that did not
+see the sample (five folds, once, at the beginning).
 
-After each round: wrong labels that remain, the accuracy of a linear head trained on the labels of the moment. Before the first, the
-estimate of the corpus's error rate from 100 looks at the review page's random sample, over many draws, beside 100 and 300 looks at samples drawn plainly.
+After each round: wrong labels that remain, and the accuracy of a linear head trained on the labels of the moment. Before the
+first: the estimate of the corpus's error rate from 100 looks at the review page's random sample, over many draws, beside 100
+and 300 looks at samples drawn plainly.
 """
 
 import argparse
