@@ -98,7 +98,6 @@ function drawSample(sample, id) {
   find("#suggestion").textContent = sample.suggestion == null ? "none" : named(sample.suggestion);
   find("#suggestion").closest("p").hidden = queue().name === "duplicates";
   find("[data-do=take]").disabled = sample.suggestion == null;
-  find("#decided").textContent = "";
   find("#scores").replaceChildren(...Object.entries(sample.scores).flatMap(([name, value]) => [make("dt", {}, name), make("dd", {}, value)]));
   find("#near").replaceChildren(...near(sample));
   find("#sample").dataset.id = id;
