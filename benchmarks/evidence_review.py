@@ -92,7 +92,13 @@ def rounds_section(run: Run, work: Path, pack: tuple, name: str) -> str:
         shutil.rmtree(copy, ignore_errors=True)
         shutil.copytree(run.uri, copy)
         rows += _work_through(Run.open(copy), order, fixed.get(order), pack)
-    names = ["order", "looked at", "wrong among those of the round", "wrong labels left", "accuracy of a linear head, %"]
+    names = [
+        "order",
+        "looked at",
+        "wrong among those of the round",
+        "wrong labels left",
+        "accuracy of a linear head, %",
+    ]
     return f"## Rounds of review, labels {name} {stamp()}\n\n{table(names, rows)}\n"
 
 

@@ -15,7 +15,7 @@ from docstring_parser import parse_from_object
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from jobs.command import option_help  # noqa: E402
+from jobs.command import flag_of, option_help  # noqa: E402
 
 PAGES = Path(__file__).with_name("commands")
 START, END = "<!-- options: from the command itself, by docs/options.py -->", "<!-- /options -->"
@@ -32,7 +32,7 @@ def _table(group: type) -> str:
     title = parse_from_object(group).short_description
     lines = [f"**{title}**", "", "| option | default | |", "|---|---|---|"]
     for field in dataclasses.fields(group):
-        flag = f"`--{field.name.replace('_', '-')}{_values(hints[field.name])}`"
+        flag = f"`{flag_of(field.name)}{_values(hints[field.name])}`"
         cells = (flag, _default(field), " ".join(about.get(field.name, "").split()))
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines)

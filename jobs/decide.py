@@ -17,7 +17,7 @@ from jobs.session import ray_session, tracked
 class DecideOptions:
     """The decisions."""
 
-    from_: list[str] | None = None
+    from_: list[str] = dataclasses.field(default_factory=list)
     """CSV files with the columns key, or shard and row; and decision (keep, relabel, drop), label, or both. The report's
     review page saves such a file; tables of cleanlab, FiftyOne and Label Studio are read too"""
     by: str | None = None
