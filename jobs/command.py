@@ -9,13 +9,16 @@ import os
 import re
 import signal
 import sys
+import traceback
 import typing
 from collections.abc import Callable, Sequence
+from types import TracebackType
 from typing import Any, NoReturn
 
 from docstring_parser import parse_from_object
 from jsonargparse import ActionConfigFile, ArgumentParser
 
+from pipelines.runs import credentials
 from pipelines.runs.errors import StageFailed, UserError
 
 Body = Callable[..., dict[str, Any]]
@@ -26,7 +29,7 @@ class OneLineParser(ArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         text = _readable(" ".join(str(message).split()))
-        sys.stderr.write(f"{self.prog}: error: {text} (see {self.prog} --help)\n")
+        sys.stderr.write(f"{self.prog}: error: {credentials.redact(text)} (see {self.prog} --help)\n")
         raise SystemExit(2)
 
     def format_help(self) -> str:
@@ -50,6 +53,7 @@ class Command:
 
     def main(self, argv: Sequence[str] | None = None) -> int:
         """Parse, run, report; returns the exit status."""
+        sys.excepthook = _without_credentials
         try:
             options = self.parse(sys.argv[1:] if argv is None else list(argv))
         except SystemExit as exit_:  # argparse's way to end after --help or a mistake
@@ -73,7 +77,8 @@ class Command:
             parser.error(f"--config: cannot be read as a YAML file ({error})")
         try:
             return [
-                group(**{f.name: getattr(values, f.name) for f in dataclasses.fields(group)}) for group in self.groups
+                group(**{f.name: _bare(f.name, getattr(values, f.name)) for f in dataclasses.fields(group)})
+                for group in self.groups
             ]
         except UserError as error:
             parser.error(_told(error))
@@ -101,11 +106,11 @@ class Command:
                 return self._fail(1, f"{type(cause).__name__}: {cause}; finished shards are kept")
             raise
         if any(getattr(group, "json", False) for group in options):
-            print(json.dumps(result, default=_plain), flush=True)
+            print(credentials.redact(json.dumps(result, default=_plain)), flush=True)
         return self._fail(1, _with_flags(result["failed"])) if result.get("failed") else 0
 
     def _fail(self, status: int, message: str) -> int:
-        sys.stderr.write(f"hardset {self.name}: {' '.join(message.split())}\n")
+        sys.stderr.write(f"hardset {self.name}: {credentials.redact(' '.join(message.split()))}\n")
         return status
 
 
@@ -123,9 +128,23 @@ def _told(error: UserError) -> str:
     return _with_flags(error.message if error.field is None else error.told(flag_of(error.field)))
 
 
+def _bare(name: str, value: Any) -> Any:
+    """An option without credentials, which are remembered; MLflow's address, which nothing stores, keeps its own."""
+    if name == "mlflow":
+        return value
+    if isinstance(value, list):
+        return [_bare(name, inner) for inner in value]
+    return credentials.strip(value) if isinstance(value, str) else value
+
+
+def _without_credentials(kind: type[BaseException], error: BaseException, where: TracebackType | None) -> None:
+    """A bug's traceback on standard error."""
+    sys.stderr.write(credentials.redact("".join(traceback.format_exception(kind, error, where))))
+
+
 def say(text: str) -> None:
     """A line for the person at the terminal."""
-    print(text, flush=True)
+    print(credentials.redact(text), flush=True)
 
 
 def option_help(group: type) -> dict[str, str]:

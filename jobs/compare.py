@@ -14,6 +14,7 @@ from jobs.command import Command, say
 from jobs.options import RunOptions
 from jobs.session import tracked
 from pipelines.evaluation import compare as comparing
+from pipelines.runs import credentials
 from pipelines.runs.errors import UserError
 from pipelines.runs.record import Run
 from pipelines.training import trainings
@@ -187,7 +188,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         words = with_flags(sys.argv[1:] if argv is None else argv)
     except ValueError as error:
-        sys.stderr.write(f"hardset compare: error: {error}\n")
+        sys.stderr.write(credentials.redact(f"hardset compare: error: {error}\n"))
         return 2
     return COMMAND.main(words)
 

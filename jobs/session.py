@@ -26,7 +26,10 @@ RAY_SETTINGS = {
     # on 2 cores readers and writers were started again and again, 4 s of imports each, for a third of the time.
     "RAY_idle_worker_killing_time_threshold_ms": "60000",
 }
-MLFLOW_SETTINGS = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3"}  # a server that is not there is told after 15 s, not 4 min
+MLFLOW_SETTINGS = {
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3",  # a server that is not there is told after 15 s, not 4 min
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # with the password that its address may hold
+}
 for name, value in (RAY_SETTINGS | MLFLOW_SETTINGS).items():
     os.environ.setdefault(name, value)
 

@@ -337,7 +337,7 @@ class _Remembered:
 class EpochLog:
     """Logs an epoch's numbers to an MLflow run that the driver made; called in rank 0's process."""
 
-    uri: str
+    uri: str = dataclasses.field(repr=False)  # it may hold a password
     run_id: str
 
     def __call__(self, metrics: dict[str, float], step: int) -> None:

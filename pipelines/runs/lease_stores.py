@@ -16,7 +16,7 @@ import urllib.parse
 from pathlib import Path
 from typing import Any, Protocol
 
-from pipelines.runs import storage
+from pipelines.runs import credentials, storage
 from pipelines.runs.errors import UserError
 from pipelines.runs.holder import Holder, machine
 
@@ -170,7 +170,7 @@ def _s3(uri: str) -> tuple[Any, dict[str, str]]:
     """boto3's client for an S3 URI, with the settings that the URI and the environment give, and the object's name."""
     import boto3
 
-    base, query = storage.split_query(uri)
+    base, query = storage.split_query(credentials.complete(uri))
     place = urllib.parse.urlsplit(base)
     user, _, host = place.netloc.rpartition("@")
     key, _, secret = user.partition(":")

@@ -27,7 +27,7 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
-from pipelines.runs import local_files
+from pipelines.runs import credentials, local_files
 from pipelines.runs.errors import UserError
 from pipelines.runs.remote import RetryingHandler
 from pipelines.runs.retries import StorageError, retrying
@@ -56,9 +56,12 @@ def local_path(uri: str | os.PathLike) -> Path | None:
 
 
 def absolute(uri: str | os.PathLike) -> str:
-    """`uri` in a form that means the same in every process: absolute if local, without a trailing slash."""
+    """`uri` in a form that means the same in every process, to be stored: absolute if local, without a trailing slash.
+
+    Credentials in it are taken out; see `credentials`.
+    """
     text = _local(uri)
-    return text if text is not None else os.fspath(uri).rstrip("/")
+    return text if text is not None else credentials.strip(os.fspath(uri)).rstrip("/")
 
 
 def _local(uri: str | os.PathLike) -> str | None:
@@ -100,7 +103,7 @@ def open_filesystem(uri: str | os.PathLike) -> tuple[pafs.FileSystem, str]:
     path = local_path(uri)
     if path is not None:
         return pafs.LocalFileSystem(), str(path)
-    text, scheme = os.fspath(uri), scheme_of(uri)
+    text, scheme = credentials.complete(os.fspath(uri)), scheme_of(uri)
     try:
         if scheme in _BUCKETS:
             return _open_bucket(text)
