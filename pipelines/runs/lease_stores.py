@@ -19,6 +19,7 @@ from typing import Any, Protocol
 from pipelines.runs import credentials, storage
 from pipelines.runs.errors import UserError
 from pipelines.runs.holder import Holder, machine
+from pipelines.runs.retries import retrying
 
 FOLDER = ".leases"
 NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
@@ -128,42 +129,37 @@ class _S3Lease:
     @classmethod
     def acquire(cls, uri: str, ours: Holder) -> "_S3Lease | Holder | None":
         client, where = _s3(uri)
-        with _as_os_error(uri):
-            condition = {"IfNoneMatch": "*"}
-            for _ in range(5):
-                done = _unless_changed(client.put_object, **where, Body=ours.text(), **condition)
-                if done:
-                    return cls(client, where, ours, done["ETag"])
-                found = _unless_changed(client.get_object, **where)
-                if not found:  # given back meanwhile
-                    condition = {"IfNoneMatch": "*"}
-                    continue
-                before = Holder.read(found["Body"].read())
-                if before == ours:  # our first try, whose answer was lost
-                    return cls(client, where, ours, found["ETag"])
-                # Both times are the store's.
-                now = email.utils.parsedate_to_datetime(found["ResponseMetadata"]["HTTPHeaders"]["date"])
-                if before is not None and before.alive((now - found["LastModified"]).total_seconds()):
-                    return before
-                condition = {"IfMatch": found["ETag"]}
+        condition = {"IfNoneMatch": "*"}
+        for _ in range(5):
+            done = _unless_changed(client.put_object, **where, Body=ours.text(), **condition)
+            if done:
+                return cls(client, where, ours, done["ETag"])
+            found = _unless_changed(client.get_object, **where)
+            if not found:  # given back meanwhile
+                condition = {"IfNoneMatch": "*"}
+                continue
+            before = Holder.read(found["Body"])
+            if before == ours:  # our first try, whose answer was lost
+                return cls(client, where, ours, found["ETag"])
+            # Both times are the store's.
+            now = email.utils.parsedate_to_datetime(found["ResponseMetadata"]["HTTPHeaders"]["date"])
+            if before is not None and before.alive((now - found["LastModified"]).total_seconds()):
+                return before
+            condition = {"IfMatch": found["ETag"]}
         return None
 
     def beat(self) -> bool:
         self.beats += 1
-        with _as_os_error(self.where["Key"]):
-            done = _unless_changed(
-                self.client.put_object, **self.where, Body=self.ours.text(self.beats), IfMatch=self.tag
-            )
-            if not done:  # or it was written, and the answer was lost
-                done = _unless_changed(self.client.get_object, **self.where)
-                if not done or Holder.read(done["Body"].read()) != self.ours:
-                    return False
+        done = _unless_changed(self.client.put_object, **self.where, Body=self.ours.text(self.beats), IfMatch=self.tag)
+        if not done:  # or it was written, and the answer was lost
+            done = _unless_changed(self.client.get_object, **self.where)
+            if not done or Holder.read(done["Body"]) != self.ours:
+                return False
         self.tag = done["ETag"]
         return True
 
     def release(self) -> None:
-        with _as_os_error(self.where["Key"]):
-            _unless_changed(self.client.delete_object, **self.where, IfMatch=self.tag)
+        _unless_changed(self.client.delete_object, **self.where, IfMatch=self.tag)
 
 
 def _s3(uri: str) -> tuple[Any, dict[str, str]]:
@@ -188,28 +184,23 @@ def _s3(uri: str) -> tuple[Any, dict[str, str]]:
 
 
 def _unless_changed(call: Any, **arguments: Any) -> dict[str, Any] | None:
-    """The answer; None where the object is not as the condition asks, or not there."""
-    from botocore.exceptions import ClientError
-
-    try:
-        return call(**arguments)
-    except ClientError as error:
-        # 409: another conditional request on it is under way.
-        if error.response["ResponseMetadata"]["HTTPStatusCode"] in (404, 409, 412):
-            if error.response["Error"]["Code"] == "NoSuchBucket":
-                raise
-            return None
-        raise
-
-
-@contextlib.contextmanager
-def _as_os_error(name: str) -> Any:
+    """The answer, its body read; None where the object is not as the condition asks, or not there."""
     from botocore.exceptions import BotoCoreError, ClientError
 
-    try:
-        yield
-    except (BotoCoreError, ClientError) as error:
-        raise OSError(f"{name}: {storage.first_line(error)}") from error
+    def ask() -> dict[str, Any] | None:
+        try:
+            answer = call(**arguments)
+            return answer | {"Body": answer["Body"].read()} if "Body" in answer else answer
+        except ClientError as error:
+            # 409: another conditional request on it is under way.
+            changed = error.response["ResponseMetadata"]["HTTPStatusCode"] in (404, 409, 412)
+            if changed and error.response["Error"]["Code"] != "NoSuchBucket":
+                return None
+            raise OSError(storage.first_line(error)) from error
+        except BotoCoreError as error:
+            raise OSError(storage.first_line(error)) from error
+
+    return retrying(f"s3://{arguments['Bucket']}/{arguments['Key']}", ask)
 
 
 class _Claim:

@@ -112,11 +112,11 @@ def open_filesystem(uri: str | os.PathLike) -> tuple[pafs.FileSystem, str]:
     except pa.ArrowInvalid as error:
         if "Unrecognized filesystem" in str(error):
             return _open_fsspec(text)
-        raise UserError(f"{text}: {first_line(error)}") from error
+        raise UserError(f"{os.fspath(uri)}: {credentials.redact(first_line(error))}") from error
     except StorageError:
         raise
     except OSError as error:
-        raise UserError(f"{text}: {first_line(error)}") from error
+        raise UserError(f"{os.fspath(uri)}: {credentials.redact(first_line(error))}") from error
 
 
 def join(uri: str | os.PathLike, *parts: str) -> str:
