@@ -40,7 +40,7 @@ def curate(
     with tracked("curate", options, *groups) as tracker, ray_session(options):
         result = {
             "run": run.uri,
-            "embed": stages.embed(run, workers),
+            "embed": stages.embed(run, workers, corpus),
             "fit": stages.fit(run, gaussians, workers),
             **({"neighbors": stages.neighbors(run, K)} if also.neighbors else {}),
             "score": stages.score(run, weights, workers),

@@ -6,15 +6,15 @@ hardset embed --run RUN --shards SHARDS --encoder ENCODER
 import sys
 from typing import Any
 
-from jobs.options import GaussianOptions, WeightOptions, WorkerOptions
+from jobs.options import CorpusOptions, WorkerOptions
 from jobs.stage_command import stage_command
 
 
-def embed(run: Any, workers: WorkerOptions, gaussians: GaussianOptions, weights: WeightOptions) -> dict[str, Any]:
+def embed(run: Any, corpus: CorpusOptions, workers: WorkerOptions, *_: Any) -> dict[str, Any]:
     """Embed the shards that are not embedded yet."""
     from jobs import stages
 
-    return stages.embed(run, workers)
+    return stages.embed(run, workers, corpus)
 
 
 COMMAND = stage_command("embed", __doc__, embed)

@@ -6,11 +6,13 @@ hardset fit --run RUN
 import sys
 from typing import Any
 
-from jobs.options import GaussianOptions, WeightOptions, WorkerOptions
+from jobs.options import CorpusOptions, GaussianOptions, WeightOptions, WorkerOptions
 from jobs.stage_command import stage_command
 
 
-def fit(run: Any, workers: WorkerOptions, gaussians: GaussianOptions, weights: WeightOptions) -> dict[str, Any]:
+def fit(
+    run: Any, corpus: CorpusOptions, workers: WorkerOptions, gaussians: GaussianOptions, weights: WeightOptions
+) -> dict[str, Any]:
     """Fit the class-conditional and class-agnostic Gaussians, unless they are up to date."""
     from jobs import stages
 

@@ -82,6 +82,7 @@ def _corpus(asked: PlanOptions, corpus: CorpusOptions) -> tuple[Any, Any, list]:
 
     if asked.run is not None:
         run = stages.open_run(RunOptions(run=asked.run), dataclasses.replace(corpus, overwrite=False))
+        stages.check_encoder_named(run.config.encoder, corpus)
         return run, run.config, run.shards
     for name in ("shards", "encoder"):
         if getattr(corpus, name) is None:

@@ -6,11 +6,13 @@ hardset score --run RUN
 import sys
 from typing import Any
 
-from jobs.options import GaussianOptions, WeightOptions, WorkerOptions
+from jobs.options import CorpusOptions, GaussianOptions, WeightOptions, WorkerOptions
 from jobs.stage_command import stage_command
 
 
-def score(run: Any, workers: WorkerOptions, gaussians: GaussianOptions, weights: WeightOptions) -> dict[str, Any]:
+def score(
+    run: Any, corpus: CorpusOptions, workers: WorkerOptions, gaussians: GaussianOptions, weights: WeightOptions
+) -> dict[str, Any]:
     """Write the difficulty columns of the shards whose inputs changed."""
     from jobs import stages
 

@@ -8,7 +8,7 @@ from jobs.command import Command
 from jobs.options import CorpusOptions, GaussianOptions, RunOptions, WeightOptions, WorkerOptions
 from jobs.session import ray_session, tracked
 
-Body = Callable[[Any, WorkerOptions, GaussianOptions, WeightOptions], dict[str, Any]]
+Body = Callable[[Any, CorpusOptions, WorkerOptions, GaussianOptions, WeightOptions], dict[str, Any]]
 
 
 def stage_command(name: str, summary: str, body: Body, product: str | None = None) -> Command:
@@ -21,7 +21,7 @@ def stage_command(name: str, summary: str, body: Body, product: str | None = Non
     summary : str
         The module's docstring.
     body : callable
-        Called in a Ray session with the run and the options of workers, Gaussians and weights.
+        Called in a Ray session with the run and the options of the corpus, workers, Gaussians and weights.
     product : str, optional
         What `--overwrite` forgets; without one it is the whole run that is made anew.
     """
@@ -41,7 +41,7 @@ def stage_command(name: str, summary: str, body: Body, product: str | None = Non
             with run.lease(product):
                 run.forget(name, product)
         with tracked(name, options, corpus, workers, gaussians, weights) as tracker, ray_session(options):
-            result = {"run": run.uri, name: body(run, workers, gaussians, weights)}
+            result = {"run": run.uri, name: body(run, corpus, workers, gaussians, weights)}
             tracker.metrics(result)
         return result
 

@@ -97,6 +97,15 @@ def _as_packed(corpus: CorpusOptions, known: Run | None, shards: Sequence[Shard]
     return corpus
 
 
+def check_encoder_named(encoder: str, corpus: CorpusOptions) -> None:
+    """UserError if an encoder that a run remembers, perhaps a stranger's, is code and this command does not name it."""
+    if encoder.startswith("module:") and corpus.encoder is None:
+        raise UserError(
+            f"the run remembers {encoder}, which is Python code; if you trust it, name it again and it will run",
+            "encoder",
+        )
+
+
 def _asks(corpus: CorpusOptions) -> bool:
     """Whether an option says how the corpus is embedded; what all leave open, a run that is there knows."""
     others = ("shards", "moved", "overwrite")
@@ -116,6 +125,8 @@ def corpus_config(corpus: CorpusOptions, known: CorpusConfig | None) -> CorpusCo
     values = {name: value for name, value in asked.items() if value is not None}
     if known is not None:
         values = {f.name: getattr(known, f.name) for f in dataclasses.fields(known)} | values
+    if corpus.encoder is None:
+        check_encoder_named(values["encoder"], corpus)
     spec = corpus.encoder if corpus.encoder is not None else values["encoder"]
     with concerning("encoder"):
         encoder = load_encoder(spec, l2=values.get("normalize", False))
@@ -172,8 +183,10 @@ def check_selected_groups(run: Run, selection: SubsetOptions, neighbors: bool = 
         conditions.fields_of(run, selection.where, later=made)
 
 
-def embed(run: Run, workers: WorkerOptions) -> dict[str, Any]:
+def embed(run: Run, workers: WorkerOptions, corpus: CorpusOptions) -> dict[str, Any]:
     """Embed what is not embedded yet, and say how it went."""
+    if corpus.encoder is None and run.config.encoder.startswith("module:") and embedding.pending_shards(run):
+        check_encoder_named(run.config.encoder, corpus)
     plan = resources(workers)
     say(f"embed: {run.config.encoder}, d = {run.config.width}, {plan.workers} workers on {plan.device}")
     with run.lease(columns.EMBEDDINGS):
