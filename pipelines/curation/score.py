@@ -76,14 +76,14 @@ class Scorer(NamedTuple):
 class ScoreShards:
     """The difficulty columns of a shard: `pipelines.runs.executor`'s worker."""
 
-    def __init__(self, run_uri: str, scorer: Scorer):
-        self.run_uri, self.scorer = run_uri, scorer
+    def __init__(self, run_uri: str, scorer: Scorer, together: str):
+        self.run_uri, self.scorer, self.together = run_uri, scorer, together
         self.schema = columns.DIFFICULTY_SCHEMA
         if scorer.centers is not None:
             self.schema = self.schema.append(columns.KMEANS)
 
     def run(self, task: Task) -> Output:
-        return Output(self._tables(task.shard), schema=self.schema)
+        return Output(self._tables(task.shard), facts={"together": self.together}, schema=self.schema)
 
     def _tables(self, shard: int) -> Iterator[pa.Table]:
         vote = None if self.scorer.votes is None else votes.of_shard(self.run_uri, shard)
@@ -222,14 +222,15 @@ def score(
     gaussians, fitted = _gaussians(run, labelled)
     judged = gaussians.num_classes > 0 and not one_class(gaussians)
     voted = votes.source_of(run, facts) if judged else None
-    sources = _sources(weighting, centers, labelled, gaussians, voted)
+    how = _how(weighting, centers, labelled, gaussians, voted)
+    sources = [fingerprint(columns.DIFFICULTY, source, *how) for source in labelled]
     pending = column_groups.pending(run.uri, columns.DIFFICULTY, sources)
     tables: tuple[RankTable | None, RankTable | None] = (None, None)
     if pending and judged:
         tables = _margin_ranks(run, gaussians, fitted, labelled, labels, device), voted and votes.ranks(run)
     scorer = Scorer(gaussians, fitted, run.config.views, weighting, centers, *tables, labels, device)
     gpus = 1 if device == "cuda" else 0
-    arguments, rows = (run.uri, scorer), [f["rows"] for f in facts]
+    arguments, rows = (run.uri, scorer, fingerprint(columns.DIFFICULTY, *how)), [f["rows"] for f in facts]
     stage = Stage("score", columns.DIFFICULTY, sources, ScoreShards, arguments, rows=rows, num_gpus=gpus)
     for _ in finished(run, stage, pending):
         pass
@@ -264,17 +265,17 @@ def _gaussians(run: Run, labelled: list[str]) -> tuple[Gaussians, bool]:
     return dataclasses.replace(gaussians, source=entry["source"]), fitted
 
 
-def _sources(
+def _how(
     weighting: Weighting,
     centers: np.ndarray | None,
     labelled: list[str],
     gaussians: Gaussians,
     voted: str | None,
-) -> list[str]:
-    """What each shard's scores are made from. Ranks change with every shard of the run."""
+) -> tuple:
+    """What the scores of all shards are made from. Ranks change with every shard of the run."""
     kmeans = None if centers is None else fingerprint(centers.tolist())
-    how = (gaussians.source, dataclasses.asdict(weighting), kmeans, columns.DIFFICULTY_SCHEMA.names, voted)
-    return [fingerprint(columns.DIFFICULTY, source, fingerprint(labelled), *how) for source in labelled]
+    names = columns.DIFFICULTY_SCHEMA.names
+    return fingerprint(labelled), gaussians.source, dataclasses.asdict(weighting), kmeans, names, voted
 
 
 def _margin_ranks(

@@ -201,6 +201,11 @@ def check_score(run_uri: str, num_shards: int, column: str, field: str) -> list[
             f"{column}: {run_uri} has no {group}/ for {lacking} of its {num_shards} shards; {columns.how_to_make(group)}",
             field,
         )
+    if len({fact["together"] for fact in found if "together" in fact}) > 1:
+        raise UserError(
+            f"{column}: {group}/ of {run_uri} is of two makings, of which one was stopped; {columns.how_to_make(group)}",
+            field,
+        )
     fields = {field.name: field.type for field in schema(run_uri, group)}
     scores = [key for key, kind in fields.items() if key not in columns.KEYS_AND_LABEL and columns.is_number(kind)]
     if name not in scores:

@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 
-from pipelines.runs import lease_stores
+from pipelines.runs import lease_stores, storage
 from pipelines.runs.errors import StageFailed
 from pipelines.runs.holder import Holder
 from pipelines.runs.lease_stores import Held
@@ -43,6 +43,9 @@ def lease(uri: str, product: str, wait_s: float = 0.0) -> Iterator[None]:
         run for minutes.
     """
     held = _acquire(uri, product, wait_s)
+    with contextlib.suppress(OSError):  # what killed commands left; it can stay
+        for left in (product, "percentiles"):  # ranks are written by who fits or scores
+            storage.sweep(storage.join(uri, left))
     ended, lost = threading.Event(), threading.Event()
 
     def refresh() -> None:

@@ -1,6 +1,7 @@
 """Local files: temporary names, what is swept of them, and links that are not followed."""
 
 import functools
+import glob
 import hashlib
 import os
 import re
@@ -58,6 +59,20 @@ def remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+def sweep_product(path: Path) -> None:
+    """Delete what killed writers of a product left beside it and below it; who calls holds the product's lease."""
+    if not path.parent.is_dir():
+        return
+    for what in ("staged", "old"):  # of pipelines.runs.staging: nobody else may write them now
+        remove(path.with_name(f".{path.name}.{what}"))
+    for left in path.parent.glob(f".{glob.escape(path.name[:100])}.tmp-*"):
+        match = _TEMPORARY.fullmatch(left.name)
+        if match and _is_abandoned(left, match[1], int(match[2])):
+            remove(left)
+    if path.is_dir() and not path.is_symlink():
+        sweep(path)
 
 
 def sweep(folder: Path) -> int:

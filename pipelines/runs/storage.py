@@ -199,10 +199,14 @@ def remove_tree(uri: str | os.PathLike) -> None:
         filesystem.delete_file(path)
 
 
-def sweep(uri: str | os.PathLike) -> int:
-    """Delete the temporary files that killed writers left below a local folder; returns how many. See `local_files`."""
+def sweep(uri: str | os.PathLike) -> None:
+    """Delete the temporary files that killed writers left of a local product: beside it, and below a folder.
+
+    Who calls holds the product's lease.
+    """
     local = local_path(uri)
-    return 0 if local is None else local_files.sweep(local)
+    if local is not None:
+        local_files.sweep_product(local)
 
 
 @contextlib.contextmanager
