@@ -265,9 +265,11 @@ def neighbors(run: Run, k: int, against: str | None = None, name: str | None = N
     with run.lease(group):
         counts = finding.neighbors(run, k, other, name if other is not None else None)
     say(f"neighbors: {counts['rows']:,} rows, {_how_searched(counts)}, {duration(counts['seconds'])}")
-    if not counts["pictures"]:
-        say("neighbors: embeddings of an older version know nothing of their pictures; embed again to find duplicates")
-    elif other is not None:
+    if counts["unseen"]:
+        say(
+            f"neighbors: {counts['unseen']:,} pictures could not be read; only equal bytes are known to be duplicates there"
+        )
+    if other is not None:
         say(
             f"neighbors: {counts['duplicates']:,} of {counts['rows']:,} pictures are in {other.uri} too, "
             f"{counts['identical']:,} of them byte for byte; which is in {run.path(group)}"

@@ -5,17 +5,13 @@ or framed, is found by the correlation of grey values after the best small chang
 """
 
 import functools
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ops.checks import check_shape
 
-if TYPE_CHECKING:
-    import torch
-
 SIDE = 32  # of a fingerprint: 1 KB
-COARSE = 16  # of the pictures of the first look
+LUMA = np.array([0.299, 0.587, 0.114], np.float32)
 SCALES = (0.8, 0.85, 0.9, 0.95, 1.0)  # of one picture within the other
 SHIFT = 3  # of the whole pictures against each other, in pixels of the fingerprint, either way
 GATE = 0.7  # correlation of rough shapes below which details are not compared
@@ -25,26 +21,32 @@ FLAT = 2.0  # standard deviation of grey values below which a picture has nothin
 PAIRS = 64  # compared together: 40 MiB of windows
 
 
-def fingerprint(image: "torch.Tensor") -> np.ndarray:
+def fingerprint(pixels: np.ndarray) -> np.ndarray:
     """The grey picture of 32 × 32 of an image.
 
     Parameters
     ----------
-    image : uint8 tensor of shape (3, H, W), RGB
+    pixels : ndarray of shape (H, W, 3), uint8, RGB
 
     Returns
     -------
     grey : ndarray of shape (32, 32), uint8
         Luma (ITU-R BT.601), each value the mean of its share of the image, whatever its shape.
     """
-    import torch
-
-    height, width = image.shape[-2:]
+    height, width = pixels.shape[:2]
     step = max(1, min(height, width) // (4 * SIDE))  # of a large image every step-th pixel is enough: 16 to a value
-    pixels = image[:, ::step, ::step].to(torch.float32)
-    grey = 0.299 * pixels[0] + 0.587 * pixels[1] + 0.114 * pixels[2]
-    small = torch.nn.functional.adaptive_avg_pool2d(grey[None], (SIDE, SIDE))[0]
-    return small.round().clamp(0, 255).to(torch.uint8).numpy()
+    grey = pixels[::step, ::step].astype(np.float32) @ LUMA
+    small = _shares(grey.shape[0]) @ grey @ _shares(grey.shape[1]).T
+    return np.clip(np.round(small), 0, 255).astype(np.uint8)
+
+
+@functools.lru_cache(maxsize=64)
+def _shares(size: int) -> np.ndarray:
+    """The matrix (32, size) that takes the mean of each 32nd of a line of pixels, parts of a pixel counted as such."""
+    edges = np.arange(SIDE + 1) * (size / SIDE)
+    at = np.arange(size)
+    inside = np.minimum(edges[1:, None], at + 1) - np.maximum(edges[:-1, None], at)
+    return (np.maximum(inside, 0) * (SIDE / size)).astype(np.float32)
 
 
 def picture_correlation(first: np.ndarray, second: np.ndarray) -> np.ndarray:
@@ -76,8 +78,10 @@ def picture_correlation(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     check_shape("first", first, ("n", SIDE, SIDE))
     check_shape("second", second, (len(first), SIDE, SIDE))
     result = np.zeros(len(first), np.float32)
-    for start in range(0, len(first), PAIRS):
-        rows = slice(start, start + PAIRS)
+    spread = np.minimum(first.std(axis=(1, 2), dtype=np.float32), second.std(axis=(1, 2), dtype=np.float32))
+    worth = np.flatnonzero(spread >= FLAT)
+    for start in range(0, len(worth), PAIRS):
+        rows = worth[start : start + PAIRS]
         result[rows] = _of_block(first[rows].astype(np.float32), second[rows].astype(np.float32))
     return result
 
@@ -89,7 +93,6 @@ def _of_block(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     )  # (scales of a in b, then of b in a)
     order = np.argsort(-rough, axis=0, kind="stable")[:FITS]
     worth = np.take_along_axis(rough, order, axis=0) >= GATE
-    worth &= np.minimum(a.std(axis=(1, 2)), b.std(axis=(1, 2))) >= FLAT
     result = np.zeros(len(a), np.float32)
     for fit in np.unique(order[worth]):
         rows = np.flatnonzero((worth & (order == fit)).any(axis=0))

@@ -15,16 +15,22 @@ from ops.fingerprints import SIDE
 from ops.neighbors import Nearest, nearest
 from ops.whitening import Whitening
 from pipelines.neighbors.ids import ids_of
+from pipelines.neighbors.pictures import PICTURE_FIELDS, pictures_of
 from pipelines.runs import column_groups, columns, storage
+from pipelines.runs.record import CorpusConfig, Shard
 
+UNSEEN = b"unseen"  # in a file's metadata: its rows without a picture
 BLOCK_BYTES = 256 << 20  # of vectors and pictures that a task holds; a larger shard is a block by itself
-PICTURE_FIELDS = ("sha256", "fingerprint", "width", "height", "bytes")
 
 
 class Filed(NamedTuple):
-    """A block that is filed: the rows of each cell (C,), and the sample queries' nearest in it with the cells they lie in."""
+    """A block that is filed: the rows of each cell (C,), and the sample queries' nearest in it with the cells they lie in.
+
+    `unseen` counts the rows of which no picture could be had.
+    """
 
     counts: np.ndarray
+    unseen: int
     nearest: Nearest | None
     homes: np.ndarray | None
 
@@ -44,8 +50,9 @@ def blocks_of(embedded: Sequence[dict[str, Any]], width: int) -> list[list[int]]
 
 def file_block(
     block: int,
-    shards: Sequence[int],
+    shards: Sequence[tuple[int, Shard]],
     run_uri: str,
+    config: CorpusConfig,
     folder: str,
     whitening: Whitening,
     centres: np.ndarray,
@@ -54,19 +61,20 @@ def file_block(
     """Ray task: file one block, unless it is filed; `probe` = vectors, their own ids (−1: none) and k of sample queries."""
     path = storage.join(folder, f"{block:06d}.arrow")
     if not storage.exists(path):
-        table = pa.concat_tables([_whitened(run_uri, shard, whitening) for shard in shards])
+        table = pa.concat_tables([_whitened(run_uri, number, shard, config, whitening) for number, shard in shards])
         own = nearest_cells(columns.vectors(table["vector"]), centres, 1)[:, 0] if table.num_rows else np.zeros(0, int)
         order = np.lexsort((table["id"].to_numpy(), own))
-        table, starts = table.take(order), np.searchsorted(own[order], np.arange(len(centres) + 1))
+        starts = np.searchsorted(own[order], np.arange(len(centres) + 1))
+        table = table.take(order).replace_schema_metadata({UNSEEN: str(table["fingerprint"].null_count)})
         with storage.write_atomic(path) as stream, pa.ipc.new_file(stream, table.schema) as writer:
             for start, stop in itertools.pairwise(starts):
                 writer.write_batch(_batch(table.slice(start, stop - start)))
     file = _open(folder, block, ["id", "vector"])
     batches = [file.get_batch(cell) for cell in range(len(centres))]
-    counts = np.array([batch.num_rows for batch in batches])
+    counts, unseen = np.array([batch.num_rows for batch in batches]), int(file.schema.metadata[UNSEEN])
     if probe is None:
-        return Filed(counts, None, None)
-    return Filed(counts, *_probed(pa.Table.from_batches(batches), counts, *probe))
+        return Filed(counts, unseen, None, None)
+    return Filed(counts, unseen, *_probed(pa.Table.from_batches(batches), counts, *probe))
 
 
 def _batch(table: pa.Table) -> pa.RecordBatch:
@@ -74,22 +82,14 @@ def _batch(table: pa.Table) -> pa.RecordBatch:
     return batches[0] if batches else pa.RecordBatch.from_pylist([], schema=table.schema)
 
 
-def _whitened(run_uri: str, shard: int, whitening: Whitening) -> pa.Table:
-    """The rows of a shard as they are filed; what a run of an older version does not know of its pictures is null."""
-    there = set(column_groups.schema(run_uri, columns.EMBEDDINGS, shard).names)
-    pictures = [name for name in PICTURE_FIELDS if name in there]
-    table = column_groups.read(run_uri, columns.EMBEDDINGS, shard, ["row", "embedding", *pictures])
-    vectors = columns.vectors(table["embedding"])
+def _whitened(run_uri: str, number: int, shard: Shard, config: CorpusConfig, whitening: Whitening) -> pa.Table:
+    """The rows of a shard as they are filed."""
+    table = column_groups.read(run_uri, columns.EMBEDDINGS, number, ["row", "embedding"])
+    rows, vectors = table["row"].to_numpy(), columns.vectors(table["embedding"])
     directions = whitening.apply(vectors) if len(vectors) else np.zeros((0, len(whitening.mean)), np.float32)
-    data = {"id": ids_of(shard, table["row"].to_numpy()), "vector": columns.vector_array(directions, pa.float32())}
-    data |= {name: table[name].cast(kind) for name, kind in _kinds().items() if name in there}
-    data |= {name: pa.nulls(table.num_rows, kind) for name, kind in _kinds().items() if name not in there}
-    return pa.table(data)
-
-
-def _kinds() -> dict[str, pa.DataType]:
-    sizes = dict.fromkeys(("width", "height", "bytes"), pa.int64())
-    return {"sha256": pa.binary(16), "fingerprint": pa.binary(SIDE * SIDE), **sizes}
+    data = {"id": ids_of(number, rows), "vector": columns.vector_array(directions, pa.float32())}
+    pictures = pictures_of(run_uri, number, shard, rows, config)
+    return pa.table(data | {name: pictures[name] for name in PICTURE_FIELDS})
 
 
 class FiledRows:

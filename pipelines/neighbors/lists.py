@@ -115,7 +115,7 @@ class WriteLists:
         else:
             table = self._found(task.shard)
         known = (column_groups.facts(self.run_uri, self.group, task.shard) or {}) if self.found is None else self.told
-        facts = {name: known[name] for name in ("k", "against", "duplicates", "pictures")}
+        facts = {name: known.get(name) for name in ("k", "against", "duplicates")}
         if self.found is not None:
             facts["duplicates"] = table.num_rows - table["duplicate_of_row"].null_count
         return Output(self._with_vote(table, task.shard), facts | {"lists": self.lists[task.shard]})

@@ -14,8 +14,9 @@ from ops.cells import nearest_cells
 from ops.duplicates import is_same_picture
 from ops.fingerprints import SIDE, picture_correlation
 from ops.neighbors import Nearest, above, merged, nearest, with_pairs
-from pipelines.neighbors.filing import PICTURE_FIELDS, FiledRows
+from pipelines.neighbors.filing import FiledRows
 from pipelines.neighbors.ids import shards_and_rows
+from pipelines.neighbors.pictures import PICTURE_FIELDS
 from pipelines.runs import columns, storage
 
 GROUP_ROWS = 8_192  # queries that a task holds
@@ -115,7 +116,7 @@ def _queries(parts: list[Part], search: Search) -> tuple[np.ndarray, np.ndarray,
     filed = FiledRows(search.queries, search.query_counts, ["id", "vector", *PICTURE_FIELDS])
     cells = ((part, pa.Table.from_batches(filed.cell(part.cell))) for part in parts)
     table = pa.concat_tables(table.slice(part.start, part.stop - part.start) for part, table in cells).combine_chunks()
-    return table["id"].to_numpy(), columns.vectors(table["vector"]), table.select(PICTURE_FIELDS)
+    return table["id"].to_numpy(), columns.vectors(table["vector"]), table.select(list(PICTURE_FIELDS))
 
 
 def _chunks(rows: FiledRows, cell: int) -> Iterator[pa.Table]:

@@ -127,12 +127,7 @@ def neighbors(
     else:
         folder = storage.join(scratch, whole)
         found, duplicates, facts = _search(queries, references, k, folder, exact_pairs)
-        about = {
-            "k": k,
-            "against": other and other.uri,
-            "pictures": _knows_pictures(queries, references),
-            "duplicates": 0,
-        }
+        about = {"k": k, "against": other and other.uri}
         worker = (run.uri, group, found, queries.block_of_shard, duplicates, labels, lists, about)
     stage = Stage(group, group, sources, WriteLists, worker, rows=[f["rows"] for f in queries.embedded])
     counts = execute(run, stage, k=k, against=other and other.uri, lists=whole, **facts)
@@ -140,7 +135,7 @@ def neighbors(
     return counts | {"seconds": time.monotonic() - started, "searched": found is not None}
 
 
-_TOLD = ("exact", "recall", "cells", "probes", "shrinkage", "pictures", "duplicates", "duplicate_groups", "identical",
+_TOLD = ("exact", "recall", "cells", "probes", "shrinkage", "unseen", "duplicates", "duplicate_groups", "identical",
          "largest_group")  # fmt: skip
 
 
@@ -149,13 +144,6 @@ def _refuse_other_run(run: Run, group: str, other: Run | None) -> None:
     before = (run.stage(group) or {}).get("against")
     if other is not None and before not in (None, other.uri):
         raise UserError(f"{group}/ holds the neighbours in {before}; give {other.uri} another name", "name")
-
-
-def _knows_pictures(queries: Side, references: Side) -> bool:
-    """Whether both runs have fingerprints of their pictures: those of older versions don't."""
-    return all(
-        "fingerprint" in column_groups.schema(s.run.uri, columns.EMBEDDINGS).names for s in (queries, references)
-    )
 
 
 def _search(
@@ -169,8 +157,11 @@ def _search(
     itself = queries.run is references.run
     probe = None if exact else (sample, ids_of(*places.T) if itself else np.full(len(sample), -1), k)
     folders = [storage.join(folder, "references"), storage.join(folder, "references" if itself else "queries")]
-    reference_counts, truth, homes = _file(references, folders[0], whitening, centres, probe)
-    query_counts = reference_counts if itself else _file(queries, folders[1], whitening, centres, None)[0]
+    reference_counts, unseen, truth, homes = _file(references, folders[0], whitening, centres, probe)
+    query_counts = reference_counts
+    if not itself:
+        query_counts, more, *_ = _file(queries, folders[1], whitening, centres, None)
+        unseen += more
     probes = 1 if exact else _probes(sample[::2], centres, homes[::2])
     plan = search.Search(
         folders[1],
@@ -197,7 +188,7 @@ def _search(
         "cells": len(centres),
         "probes": probes,
         "shrinkage": whitening.shrinkage,
-        "pictures": _knows_pictures(queries, references),
+        "unseen": unseen,
         "largest_group": 0,
     }
     return plan.found, duplicates, facts | counts
@@ -219,15 +210,19 @@ def _sample(queries: Side, whitening: Whitening) -> tuple[np.ndarray, np.ndarray
 
 def _file(
     side: Side, folder: str, whitening: Whitening, centres: np.ndarray, probe: tuple | None
-) -> tuple[np.ndarray, Nearest | None, np.ndarray | None]:
+) -> tuple[np.ndarray, int, Nearest | None, np.ndarray | None]:
     """File a run's rows: how many each block has of each cell; the sample's exact neighbours and the cells these are in."""
-    items = [(block, shards) for block, shards in enumerate(side.blocks)]
-    counts, truth, homes = [], None, None
-    for filed in in_order(file_block, items, side.run.uri, folder, whitening, centres, probe):
+    run, shards = side.run, side.run.shards
+    items = [(block, [(number, shards[number]) for number in numbers]) for block, numbers in enumerate(side.blocks)]
+    counts, unseen, truth, homes = [], 0, None, None
+    progress = Progress("file", len(items), skipped=0)
+    for filed in in_order(file_block, items, run.uri, run.config, folder, whitening, centres, probe):
         counts.append(filed.counts)
+        unseen += filed.unseen
+        progress.shard(int(filed.counts.sum()))
         if filed.nearest is not None:
             truth, homes = _joined(truth, homes, filed, probe[2])
-    return np.stack(counts), truth, homes
+    return np.stack(counts), unseen, truth, homes
 
 
 def _joined(truth: Nearest | None, homes: np.ndarray | None, filed: filing.Filed, k: int) -> tuple[Nearest, np.ndarray]:

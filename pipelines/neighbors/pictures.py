@@ -1,0 +1,49 @@
+"""What is known of the pictures of a shard: kept by `embed`, or read from the shard where a run of an older version lacks it."""
+
+import hashlib
+
+import numpy as np
+import pyarrow as pa
+
+from ops.decoding import ImageError, decode_picture
+from ops.fingerprints import SIDE, fingerprint
+from pipelines.corpus.shards import iter_images
+from pipelines.corpus.tarstream import StorageError
+from pipelines.runs import column_groups, columns
+from pipelines.runs.record import CorpusConfig, Shard
+
+_SIZES = dict.fromkeys(("width", "height", "bytes"), pa.int64())
+PICTURE_FIELDS = {"sha256": pa.binary(16), "fingerprint": pa.binary(SIDE * SIDE)} | _SIZES
+
+
+def pictures_of(run_uri: str, number: int, shard: Shard, rows: np.ndarray, config: CorpusConfig) -> pa.Table:
+    """PICTURE_FIELDS of the rows (n,) of a shard; null where the shard cannot be read any more."""
+    there = set(column_groups.schema(run_uri, columns.EMBEDDINGS, number).names)
+    if there.issuperset(PICTURE_FIELDS):
+        table = column_groups.read(run_uri, columns.EMBEDDINGS, number, list(PICTURE_FIELDS))
+        if table["fingerprint"].null_count < max(1, table.num_rows):
+            return table.select(list(PICTURE_FIELDS)).cast(pa.schema(PICTURE_FIELDS))
+    return _read(number, shard, rows, config)
+
+
+def _read(number: int, shard: Shard, rows: np.ndarray, config: CorpusConfig) -> pa.Table:
+    """The same from the shard itself, which is read once from its start to its end."""
+    found: dict[int, tuple] = {}
+    try:
+        for places, images in iter_images(number, shard, rows):
+            for row, data in zip(places.tolist(), images):
+                found[row] = _about(data, config)
+    except (StorageError, FileNotFoundError):
+        pass  # what was read before counts; the others have no picture, which is counted and said
+    values = [found.get(row, (None,) * len(PICTURE_FIELDS)) for row in rows.tolist()]
+    arrays = [pa.array([value[i] for value in values], kind) for i, kind in enumerate(PICTURE_FIELDS.values())]
+    return pa.table(arrays, names=list(PICTURE_FIELDS))
+
+
+def _about(data: bytes, config: CorpusConfig) -> tuple:
+    try:
+        pixels = decode_picture(data, max_pixels=config.max_pixels, exif=config.exif).pixels
+    except ImageError:  # it decoded when it was embedded: the shard holds another picture now
+        return (None,) * len(PICTURE_FIELDS)
+    height, width = pixels.shape[:2]
+    return hashlib.sha256(data).digest()[:16], fingerprint(pixels).tobytes(), width, height, len(data)
