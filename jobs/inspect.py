@@ -40,6 +40,11 @@ def _show(summary: dict) -> None:
         )
     if any(summary["decisions"].values()):
         say("decided: " + ", ".join(f"{count:,} {kind}" for kind, count in summary["decisions"].items()))
+    for name, entry in summary["neighbors"].items():
+        where = f"also in {entry['against']}" if entry["against"] else f"in {entry['duplicate_groups']:,} groups"
+        say(
+            f"{name}: {entry['duplicates']:,} duplicates {where}, recall of the {entry['k']} nearest {entry['recall']:.3f}"
+        )
     for group, found in summary["groups"].items():
         say(f"{group}: {found['shards']} shards")
         for name, quantiles in found["quantiles"].items():

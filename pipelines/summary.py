@@ -15,7 +15,7 @@ from pipelines.runs.record import Run
 QUANTILES = (0.0, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1.0)
 MOST_VALUES = 2_000_000  # quantiles of more rows than this are those of evenly spaced shards
 MOST_QUARANTINES = 10_000  # shards whose quarantine is read, evenly spaced: each is a round trip on an object store
-NESTED = ("predictions", "trust")  # hold a column group per name
+NESTED = ("predictions", "trust")  # hold a column group per name; neighbors/against too, beside neighbors/ itself
 
 
 def summarize(run: Run) -> dict[str, Any]:
@@ -43,6 +43,7 @@ def summarize(run: Run) -> dict[str, Any]:
         "rotated": sum(f.get("rotated", 0) for f in embedded if f),
         "quarantine": quarantine_reasons(run),
         "decisions": decisions.count(run),
+        "neighbors": {name: entry for name, entry in stages.items() if name.partition("/")[0] == "neighbors"},
         "groups": {name: group_summary(run, name) for name in groups_of(run)},
         "stages": stages,
         "subsets": [name.removeprefix("select/") for name in stages if name.startswith("select/")],
@@ -53,7 +54,8 @@ def groups_of(run: Run) -> list[str]:
     """The column groups that this run has, `predictions/NAME` and `trust/NAME` included."""
     found = storage.list_folders(run.uri)
     names = [name for name in found if name not in (*NESTED, columns.QUARANTINE, columns.DECISIONS)]
-    names += [f"{outer}/{name}" for outer in NESTED if outer in found for name in storage.list_folders(run.path(outer))]
+    outers = [outer for outer in NESTED if outer in found] + (["neighbors/against"] if "neighbors" in found else [])
+    names += [f"{outer}/{name}" for outer in outers for name in storage.list_folders(run.path(*outer.split("/")))]
     return [name for name in sorted(names) if any(column_groups.all_facts(run.uri, name, len(run.shards)))]
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from markupsafe import Markup, escape
 from plotly.offline import get_plotlyjs
 
-from pipelines.report import evaluation, review_page, trusted, words
+from pipelines.report import duplicates, evaluation, review_page, trusted, words
 from pipelines.report.assets import asset, environment, json_block, packed
 from pipelines.report.data import collect
 from pipelines.report.scan import Limits
@@ -52,7 +52,8 @@ def report(run: Run, class_names: Sequence[str] = (), limits: Limits | None = No
     started = time.monotonic()
     evaluations, problems = evaluation.stored(run)
     found = collect(run, limits, class_names, evaluation.watched(evaluations))
-    found["notes"] += problems
+    found["copies"], more = duplicates.collect(run, limits)
+    found["notes"] += problems + more
     review = review_page.render(run, found["data"].get("classes", run.classes))
     if review is not None:
         storage.write_text_atomic(run.path(*REVIEW.split("/")), review.html)
@@ -133,6 +134,8 @@ def sections(found: dict[str, Any], evaluated: bool) -> dict[str, str]:
     there = {
         "gallery": ("Hardest and easiest", data.get("gallery") and data.get("scores")),
         "suspects": ("Likely label errors", data.get("suspects")),
+        "duplicates": ("Duplicates", found["copies"]["duplicates"]),
+        "leaks": ("Leaks", found["copies"]["leaks"]),
         "map": ("Hard or mislabelled", _mapped(data)),
         "trusted": ("Hard and clean", data.get("trusted")),
         "classes": ("Classes", len(data.get("per_class") or ()) > 1),
