@@ -62,7 +62,8 @@ class CorpusOptions:
     moved: list[str] = dataclasses.field(default_factory=list)
     """FROM=TO: shards of the run that lay below FROM lie below TO now; nothing is embedded again"""
     encoder: str | None = None
-    """open_clip:MODEL/TAG, open_clip:MODEL@FILE, timm:NAME, timm:NAME@FILE, pixels:SIZE, module:FILE.py:FACTORY or
+    """of a new run (default open_clip:ViT-B-32/laion2b_s34b_b79k):
+    open_clip:MODEL/TAG, open_clip:MODEL@FILE, timm:NAME, timm:NAME@FILE, pixels:SIZE, module:FILE.py:FACTORY or
     module:package.module:FACTORY"""
     label: str | None = None
     """cls (the default), json:FIELD, or none for images without labels"""

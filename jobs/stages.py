@@ -8,6 +8,7 @@ from typing import Any
 from jobs.command import say
 from jobs.options import CorpusOptions, GaussianOptions, RunOptions, SubsetOptions, WeightOptions, WorkerOptions
 from jobs.session import Tracker
+from ops.hub import check_hub_answers
 from pipelines.corpus import moved as moving
 from pipelines.corpus.packed import CLASSES, record_beside
 from pipelines.corpus.samples import label_source, plain_suffix
@@ -27,6 +28,8 @@ from pipelines.runs.errors import UserError, concerning
 from pipelines.runs.progress import bottleneck, duration
 from pipelines.runs.record import CorpusConfig, Run, Shard
 
+DEFAULT_ENCODER = "open_clip:ViT-B-32/laion2b_s34b_b79k"
+DEFAULT_REPOSITORY = "laion/CLIP-ViT-B-32-laion2B-s34B-b79K"  # of its weights, as open_clip names it
 TRUSTED = "difficulty.margin < 0"  # nearer its own class than any other
 ONCE = "neighbors.duplicate_of_row is null"  # one of each group of duplicates, the one to keep
 
@@ -37,11 +40,13 @@ def open_run(options: RunOptions, corpus: CorpusOptions, gaussians: GaussianOpti
     Another run's Gaussians, where they are asked for, are looked at before a run is made that could not use them.
     """
     there = Run.exists(options.run) and not corpus.overwrite
-    if not there and (corpus.shards is None or corpus.encoder is None):
-        missing = "shards" if corpus.shards is None else "encoder"
-        raise UserError(
-            f"needed, as {options.run} is not a run yet (webdataset shards and an encoder make one)", missing
-        )
+    if not there and corpus.shards is None:
+        raise UserError(f"needed, as {options.run} is not a run yet (webdataset shards make one)", "shards")
+    if not there and corpus.encoder is None:
+        corpus = dataclasses.replace(corpus, encoder=DEFAULT_ENCODER)
+        say(f"encoder: {DEFAULT_ENCODER}, the default (LAION-2B's ViT-B/32; another one by --encoder)")
+        with concerning("encoder"):
+            check_hub_answers(DEFAULT_REPOSITORY)  # before anything that takes longer
     known = Run.open(options.run) if there else None
     if known is None and (part := columns.column_in_path(options.run)):
         say(

@@ -29,8 +29,8 @@ from torch import nn
 
 from ops import images as pictures
 from ops.checks import check_choice
+from ops.hub import FORMS, check_hub_answers
 
-FORMS = "open_clip:MODEL/TAG, open_clip:MODEL@FILE, timm:NAME, timm:NAME@FILE, pixels:SIZE, module:FILE.py:FACTORY"
 _ATTRIBUTES = ("image_size", "mean", "std", "interpolation")
 
 
@@ -202,6 +202,7 @@ def _open_clip(rest: str, projected: bool) -> Encoder:
     else:
         tags = open_clip.list_pretrained_tags_by_model(name)
         _check_known(f"pretrained tag of {name}", tag, tags, " (for weights of your own: open_clip:MODEL@FILE)")
+        check_hub_answers(open_clip.get_pretrained_cfg(name, tag).get("hf_hub", ""))
     model = open_clip.create_model(name, pretrained=file if at else tag, weights_only=True)
     config = open_clip.get_model_preprocess_cfg(model)
     tower = ImageTower(model.visual if projected else _without_projection(model.visual))
@@ -253,6 +254,7 @@ def _timm(rest: str) -> Encoder:
         _check_known("timm model", name, timm.list_models())
     if not at:
         _check_timm_has_weights(name)
+        check_hub_answers((timm.models.get_pretrained_cfg(name) or timm.models.PretrainedCfg()).hf_hub_id or "")
     model = timm.create_model(name, pretrained=not at, num_classes=0)
     if at:
         _fill(model, _read_weights(file), file)
