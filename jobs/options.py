@@ -92,19 +92,28 @@ class CorpusOptions:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class WorkerOptions:
-    """Where it is computed. Only the device changes a result: a GPU runs the encoder in bfloat16."""
+    """Where it is computed. Of these only the precision changes a result by more than rounding."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes a GPU where there is one and says so; cuda waits for the GPUs of an autoscaling cluster"""
     workers: int | None = None
     """embedding actors (default: one per GPU, or one per CPU core)"""
+    decode_threads: int | None = None
+    """threads that decode for each embedding actor, and cores that it takes (default: a GPU's share of its node's cores
+    less one; 1 on a CPU)"""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """of the encoder: auto is bfloat16 on a GPU and float32 on a CPU; a run keeps to one"""
     batch_size: int = 64
     """images per forward pass; halved by itself when GPU memory does not suffice"""
+    sample_limit: float = 120.0
+    """seconds after which a sample that the encoder gives no answer for goes to quarantine"""
     max_bad_fraction: float = 0.01
     """fraction of samples in quarantine, in [0, 1], above which the run ends with status 1"""
 
     def __post_init__(self) -> None:
-        at_least(self, 1, ("workers", "batch_size"))
+        at_least(self, 1, ("workers", "batch_size", "decode_threads"))
+        if not self.sample_limit > 0:
+            raise UserError(f"{self.sample_limit}: must be above 0", "sample_limit")
         if not 0 <= self.max_bad_fraction <= 1:
             raise UserError(f"{self.max_bad_fraction}: expected a fraction in [0, 1]", "max_bad_fraction")
 

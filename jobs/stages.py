@@ -151,10 +151,15 @@ def resources(workers: WorkerOptions) -> Resources:
     if workers.device == "cuda" and not gpus and alone:
         raise UserError("cuda: Ray knows no GPU here; take `device` cpu, or a cluster with GPUs", "device")
     device = "cuda" if workers.device == "cuda" or (gpus and workers.device == "auto") else "cpu"
-    count = workers.workers or max(1, gpus if device == "cuda" else int(cpus))
-    # At most half the cores for the actors: reads and writes must fit beside them, or nothing ever runs.
-    share = min(1.0 if device == "cuda" else 0.5, 0.5 * cpus / count if alone else 1.0)
-    return Resources(device, count, round(share, 4), workers.batch_size)
+    on_gpu = device == "cuda"
+    threads = workers.decode_threads or (max(1, int(cpus / nodes / max(1, gpus / nodes)) - 1) if on_gpu else 1)
+    count = workers.workers or max(1, gpus if on_gpu else int(cpus // threads))
+    # Beside a GPU's decoding there is a thread that feeds it. More workers than cores share them.
+    cores = threads + 1 if on_gpu and threads > 1 else threads
+    share = min(cores, cpus / count) if alone else cores
+    precision = workers.precision if workers.precision != "auto" else "bfloat16" if on_gpu else "float32"
+    share = round(share, 4) if share < 1 else int(share)
+    return Resources(device, count, share, workers.batch_size, threads, precision, workers.sample_limit)
 
 
 def array_device(workers: WorkerOptions) -> str:

@@ -83,7 +83,7 @@ class Encoder:
 
     def prepare(self, images: Sequence[torch.Tensor]) -> torch.Tensor:
         """Decoded images, each uint8 (3, H, W) on the CPU, as a float32 batch (B, 3, S, S)."""
-        return pictures.normalize(self.resize(images), self.mean, self.std)
+        return pictures.normalize(self.resize(images).contiguous(), self.mean, self.std)
 
     def resize(self, images: Sequence[torch.Tensor]) -> torch.Tensor:
         """`prepare` without its normalisation: uint8 (B, 3, S, S), a quarter of the bytes to move to a GPU."""

@@ -1,5 +1,6 @@
 """uint8 tensors of images -> an encoder's input: resized, normalised, augmented. `ops.decoding` makes them of files."""
 
+import functools
 import math
 from collections.abc import Sequence
 
@@ -31,7 +32,8 @@ def resize(
     Returns
     -------
     batch : tensor of shape (B, 3, size, size), uint8
-        Rounded and clamped to 0..255, as Pillow's `resize` does; pixels differ from Pillow's by 1 at most.
+        Rounded and clamped to 0..255, as Pillow's `resize` does; pixels differ from Pillow's by 1 at most. Its memory
+        is channels-last, as convolutions like it.
 
     Raises
     ------
@@ -55,7 +57,7 @@ def resize(
         if stacked.shape[-2:] != (size, size):
             stacked = interpolate(stacked, size=(size, size), mode=interpolation, antialias=True)
         batch[rows] = stacked
-    return batch.contiguous()
+    return batch
 
 
 def normalize(batch: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
@@ -70,9 +72,18 @@ def normalize(batch: torch.Tensor, mean: Sequence[float], std: Sequence[float]) 
     -------
     batch : tensor of shape (B, 3, S, S), float32
     """
-    mean_c11 = torch.tensor(mean, dtype=torch.float32, device=batch.device).view(3, 1, 1)
-    std_c11 = torch.tensor(std, dtype=torch.float32, device=batch.device).view(3, 1, 1)
-    return batch.float().mul_(1 / (255 * std_c11)).sub_(mean_c11 / std_c11)
+    scale_c11, shift_c11 = _scale_and_shift(tuple(mean), tuple(std), batch.device)
+    return batch.float().mul_(scale_c11).sub_(shift_c11)
+
+
+@functools.lru_cache(maxsize=16)
+def _scale_and_shift(
+    mean: tuple[float, ...], std: tuple[float, ...], device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """On the device once: sending them with every batch would wait for all that a GPU has to do."""
+    mean_c11 = torch.tensor(mean, dtype=torch.float32, device=device).view(3, 1, 1)
+    std_c11 = torch.tensor(std, dtype=torch.float32, device=device).view(3, 1, 1)
+    return 1 / (255 * std_c11), mean_c11 / std_c11
 
 
 def augment(image: torch.Tensor, seed: int | Sequence[int]) -> torch.Tensor:

@@ -136,6 +136,42 @@ def read_shard(
         done += 1
 
 
+def read_entries(
+    shard: Shard, labels: LabelSource, end: dict[str, Any], max_image_bytes: int = MAX_IMAGE_BYTES
+) -> Iterator[Entry]:
+    """One shard's samples in order, one in memory; its unreadable rest last.
+
+    Parameters
+    ----------
+    shard : Shard
+    labels : LabelSource
+    end : dict
+        Gets, before the generator ends, `entries` (yielded), `samples` (numbered, good or not), `left_out`, `ignored`
+        (members of no sample, such as README), `digest` (sha256), `bytes`, `seconds` (spent reading).
+
+    Raises
+    ------
+    StorageError
+        If the storage fails `TRIES` times or the shard has changed. Another try reads from the start and yields what
+        follows what was yielded before.
+    """
+    done, entries = 0, None
+
+    def following() -> Entry | None:
+        nonlocal entries
+        if entries is None:
+            entries = itertools.islice(_entries(shard, labels, end, max_image_bytes), done, None)
+        try:
+            return next(entries, None)
+        except OSError:
+            entries = None  # from the start
+            raise
+
+    while (entry := retrying(shard.url, following)) is not None:
+        yield entry
+        done += 1
+
+
 def iter_images(number: int, shard: Shard, rows: np.ndarray) -> Iterator[tuple[np.ndarray, list[bytes]]]:
     """(rows, encoded images) of chosen samples, ascending `rows` (n,), block by block in shard order.
 
@@ -236,7 +272,7 @@ class _TableBuilder:
         positions = range(self.position, self.position + len(entries))
         ends = [None] * len(entries)
         if end is not None:
-            ends[-1] = json.dumps(end | {"entries": positions[-1]})
+            ends[-1] = json.dumps(end)
         columns = ([self.number] * len(entries), positions, rows, keys, labels, images, reasons, members, ends)
         self.position, self.bytes, self._entries = positions.stop, 0, []
         return pa.Table.from_arrays([pa.array(c, f.type) for c, f in zip(columns, SAMPLES)], schema=SAMPLES)
@@ -245,38 +281,48 @@ class _TableBuilder:
 def _tables(
     number: int, shard: Shard, labels: LabelSource, block_bytes: int, max_image_bytes: int
 ) -> Iterator[pa.Table]:
+    builder, end = _TableBuilder(number), {}
+    for entry in _entries(shard, labels, end, max_image_bytes):
+        if builder.bytes >= block_bytes:
+            yield builder.table()
+        builder.add(entry)
+    yield builder.table(end)
+
+
+def _entries(shard: Shard, labels: LabelSource, end: dict[str, Any], max_image_bytes: int) -> Iterator[Entry]:
     md5 = storage.stored_md5(shard.url) if _bucket_of(shard.url) not in _without_md5 else None
-    stream, builder, numbering = _open(shard.url, md5), _TableBuilder(number), SampleNumbering()
-    samples = left_out = damaged = 0
+    stream, numbering = _open(shard.url, md5), SampleNumbering()
+    samples = left_out = 0
+    rest = None
     try:
         tar = TarStream(stream)
         for entry in read_samples(tar, labels, max_image_bytes, numbering, shard.image, shard.size):
-            # Before adding, so that the rest of a cut shard is only told after the size was checked below.
-            if builder.bytes >= block_bytes:
-                yield builder.table()
-            builder.add(entry)
             samples += entry.row is not None
-            damaged += entry.row is None
             left_out += entry.reason is not None
+            if entry.row is None:
+                rest = entry  # of a cut shard it is told after the size was checked below
+            else:
+                yield entry
         stream.drain()
     finally:
         stream.close()
-    _check_whole(shard, stream, damaged)
-    yield builder.table(
-        {
-            "samples": samples,
-            "left_out": left_out,
-            "ignored": numbering.ignored,
-            "apart": numbering.apart,
-            "end_mark": tar.end_mark,
-            "rest_bytes": numbering.rest.bytes if numbering.rest else 0,
-            "rest_samples": numbering.rest.samples if numbering.rest else 0,
-            "digest": stream.digest(),
-            "ends": stream.ends(),
-            "bytes": stream.position,
-            "seconds": stream.seconds,
-        }
-    )
+    _check_whole(shard, stream, rest is not None)
+    end |= {
+        "entries": samples + (rest is not None),
+        "samples": samples,
+        "left_out": left_out,
+        "ignored": numbering.ignored,
+        "apart": numbering.apart,
+        "end_mark": tar.end_mark,
+        "rest_bytes": numbering.rest.bytes if numbering.rest else 0,
+        "rest_samples": numbering.rest.samples if numbering.rest else 0,
+        "digest": stream.digest(),
+        "ends": stream.ends(),
+        "bytes": stream.position,
+        "seconds": stream.seconds,
+    }
+    if rest is not None:
+        yield rest
 
 
 def _check_whole(shard: Shard, stream: ByteStream, damaged: bool) -> None:

@@ -1,95 +1,23 @@
 """Embed: shards -> one Parquet file of embeddings per shard, and a quarantine file beside it.
 
-    read (tasks, one per shard)  ->  EmbedImages (actors, a GPU each where there is one)  ->  write_part (tasks)
-                                                                    driver: last part of a shard seen -> commit_shard (task)
-
-What travels between the stages is the encoded bytes of an image and, after the actor, its embedding. The driver sees one
-tiny row per block. A block's part has a name made of its shard and first row, so a block that Ray computes twice is
-written once; a shard counts as done when its file in `embeddings/` is there, and that appears whole or not at all.
+A stage like every other (`pipelines.runs.executor`): a pool of Ray Data actors takes whole shards, each through an
+`Embedder` (`pipelines.curation.embedder`) in a process of its own, so that a sample which kills or hangs it is left out.
+The quarantine file comes first: a shard counts as done when its file in `embeddings/` is there, whole.
 """
 
-import itertools
-import json
 import time
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from typing import Any
 
-import pyarrow as pa
-
-from pipelines.corpus.loss import READER_FACTS, Loss, loss_of
-from pipelines.corpus.samples import SORTING, label_source
+from pipelines.corpus.loss import Loss, loss_of
+from pipelines.corpus.samples import SORTING
 from pipelines.corpus.shards import shard_digest
 from pipelines.curation.workers import STEPS, Resources
-from pipelines.runs import cluster, column_groups, columns, storage
+from pipelines.runs import column_groups, columns
 from pipelines.runs.errors import StageFailed
-from pipelines.runs.progress import Progress
-from pipelines.runs.record import CorpusConfig, Run, Shard, fingerprints
-from pipelines.runs.tasks import in_order, map_actors
-
-if TYPE_CHECKING:
-    import ray
-
-SHARDS_AT_ONCE = 20_000  # per Ray dataset, whose driver puts a pickled read task for each before it reads the first
-PART_NOTE = pa.schema(
-    [
-        ("shard", pa.int32()),
-        ("first", pa.int64()),  # position within the shard's stream of the part's first row
-        ("rows", pa.int64()),
-        ("path", pa.string()),
-        ("end", pa.string()),  # the reader's closing words, in the last part of a shard
-        ("seconds", pa.string()),
-    ]
-)
-
-
-def write_part(table: pa.Table, run_uri: str) -> pa.Table:
-    """Ray Data task: put one block of embeddings beside the run; a row of PART_NOTE says where."""
-    started = time.perf_counter()
-    shard, first = table["shard"][0].as_py(), table["position"][0].as_py()
-    path = storage.join(run_uri, ".parts", columns.EMBEDDINGS, f"{shard:06d}", f"{first:012d}.arrow")
-    with storage.write_atomic(path) as stream, pa.ipc.new_file(stream, table.schema) as writer:
-        writer.write_table(table)
-    spent = table["seconds"][0].as_py()  # null where Ray has cut an actor's large block in two
-    seconds = (json.loads(spent) if spent else {}) | {"write": time.perf_counter() - started}
-    end = table["end"][table.num_rows - 1].as_py()
-    note = {
-        "shard": shard,
-        "first": first,
-        "rows": table.num_rows,
-        "path": path,
-        "end": end,
-        "seconds": json.dumps(seconds),
-    }
-    return pa.Table.from_pylist([note], schema=PART_NOTE)
-
-
-def commit_shard(shard: int, paths: list[str], end: dict, entry: Shard, config: CorpusConfig, run_uri: str) -> dict:
-    """Ray task: the parts of one shard -> its quarantine file, then its embeddings file, which marks it done."""
-    schema = columns.embeddings_schema(config.width, config.dtype, config.views)
-    parts = [_read_part(path) for path in paths]
-    samples = pa.concat_tables(parts).filter(pa.compute.field("end").is_null())
-    good, bad = samples.filter(samples["reason"].is_null()), samples.filter(samples["reason"].is_valid())
-    if samples.num_rows != end["entries"]:
-        raise StageFailed(f"shard {shard}: the reader saw {end['entries']} samples, the parts hold {samples.num_rows}")
-    source = embedding_source(config, end["digest"])
-    bad = bad.append_column("stage", pa.array(["embed"] * bad.num_rows, pa.string()))
-    quarantined = bad.select(columns.QUARANTINE_SCHEMA.names).cast(columns.QUARANTINE_SCHEMA)
-    column_groups.write(run_uri, columns.QUARANTINE, shard, quarantined, source)
-    facts = {
-        "left_out": bad.num_rows,
-        "max_label": pa.compute.max(good["label"]).as_py(),
-        **{name: end[name] for name in READER_FACTS},
-        "size": entry.size,
-        "mtime_ns": entry.mtime_ns,
-    }
-    column_groups.write(run_uri, columns.EMBEDDINGS, shard, good.select(schema.names).cast(schema), source, **facts)
-    return {"rows": good.num_rows, "left_out": bad.num_rows}
-
-
-def _read_part(path: str) -> pa.Table:
-    filesystem, inner = storage.open_filesystem(path)
-    with filesystem.open_input_file(inner) as stream:
-        return pa.ipc.open_file(stream).read_all()
+from pipelines.runs.executor import Pool, Stage, Worker, finished
+from pipelines.runs.record import CorpusConfig, Run, fingerprints
+from pipelines.runs.tasks import in_order
 
 
 def embedding_source(config: CorpusConfig, digest: str) -> str:
@@ -138,93 +66,40 @@ def embed(run: Run, resources: Resources, max_bad_fraction: float = 0.01) -> dic
     Raises
     ------
     StageFailed
-        If more than `max_bad_fraction` of the samples are in quarantine, the counts do not reconcile, or a shard cannot
-        be read. Finished shards are kept.
+        If more than `max_bad_fraction` of the samples are in quarantine, the counts do not reconcile, or the encoder
+        fails for every sample. Finished shards are kept.
+    StorageError
+        If a shard cannot be read.
     """
     started = time.monotonic()
-    run.require_precision("bfloat16" if resources.device == "cuda" else "float32")
+    run.require_precision(resources.precision)
     pending = pending_shards(run)
-    progress = Progress("embed", len(pending), skipped=len(run.shards) - len(pending))
     seconds = dict.fromkeys(STEPS, 0.0)
-    for counts, spent in embed_shards(run, pending, resources):
-        for step, value in spent.items():
+    for done in embed_shards(run, pending, resources):
+        for step, value in done["seconds"].items():
             seconds[step] += value
-        progress.shard(counts["rows"], counts["left_out"])
-    storage.remove_tree(run.path(".parts", columns.EMBEDDINGS))
     return _finish(run, pending, seconds, time.monotonic() - started, max_bad_fraction, resources)
 
 
-def embed_shards(
-    run: Run, pending: list[int], resources: Resources, noted: Callable[[int], None] = lambda rows: None
-) -> Iterator[tuple[dict, dict[str, float]]]:
-    """Yield (counts, seconds by step) of each shard as its files are in place; `noted(rows)` is told of each block."""
-    if not pending:
-        return
-    ray = cluster.connect()
-    config, shards = run.config, run.shards
-    commit = ray.remote(commit_shard).options(num_cpus=0.25, max_retries=3)
-    parts: dict[int, dict[int, dict]] = {}
-    commits: dict = {}
-    starts = range(0, len(pending), SHARDS_AT_ONCE)
-    for note in itertools.chain.from_iterable(
-        _notes(run, pending[start : start + SHARDS_AT_ONCE], resources) for start in starts
-    ):
-        position = note["shard"]
-        noted(note["rows"] - (note["end"] is not None))
-        parts.setdefault(position, {})[note["first"]] = note
-        notes = [parts[position][first] for first in sorted(parts[position])]
-        # Blocks of a shard may arrive out of order: it is whole when its last row is there and all before it.
-        if notes[-1]["end"] and sum(n["rows"] for n in notes) == notes[-1]["first"] + notes[-1]["rows"]:
-            end = json.loads(notes[-1]["end"])
-            reference = commit.remote(position, [n["path"] for n in notes], end, shards[position], config, run.uri)
-            spent = _sum_seconds([json.loads(n["seconds"]) for n in notes] + [{"read": end["seconds"]}])
-            commits[reference] = (position, spent)
-            del parts[position]
-        ready, _ = ray.wait(list(commits), num_returns=len(commits), timeout=0) if commits else ([], [])
-        for reference in ready:
-            yield _committed(run, reference, commits)
-    for reference in list(commits):
-        yield _committed(run, reference, commits)
-    if parts:
-        raise StageFailed(f"embed: shards {sorted(parts)} came out incomplete; start the same command again")
-
-
-def _committed(run: Run, reference: "ray.ObjectRef", commits: dict) -> tuple[dict, dict[str, float]]:
-    position, spent = commits.pop(reference)
-    counts = cluster.connect().get(reference)
-    # Only now: a commit that is killed after its last write is run again, and needs the parts.
-    storage.remove_tree(run.path(".parts", columns.EMBEDDINGS, f"{position:06d}"))
-    return counts, spent
-
-
-def _notes(run: Run, pending: list[int], resources: Resources) -> Iterator[dict]:
-    """Stream the shards through the actors; yields one PART_NOTE row per written block."""
-    # Torch and Ray, which a driver with nothing to embed does not wait for.
-    from pipelines.corpus.datasource import read_shards
-    from pipelines.curation.embedder import EmbedImages
-
-    config, shards = run.config, run.shards
-    dataset = read_shards([(position, shards[position]) for position in pending], label_source(config))
-    dataset = map_actors(
-        dataset,
-        EmbedImages,
-        (config, resources),
-        workers=resources.workers,
-        num_cpus=resources.cpus_per_worker,
-        num_gpus=resources.gpus_per_worker,
-        batch_size=None,
-        batch_format="pyarrow",
-        zero_copy_batch=True,
+def embed_shards(run: Run, pending: list[int], resources: Resources) -> Iterator[dict[str, Any]]:
+    """Yield shard, rows, left_out and seconds by step of each shard as its files are in place."""
+    stage = Stage(
+        "embed",
+        columns.EMBEDDINGS,
+        [""] * len(run.shards),  # the worker knows it when it has read the shard
+        make_embedder,
+        (run.config, resources, run.uri),
+        pool=Pool(resources.workers, resources.cpus_per_worker, resources.gpus_per_worker),
+        limit_s=resources.sample_limit_s,
     )
-    dataset = dataset.map_batches(
-        write_part, fn_kwargs={"run_uri": run.uri}, batch_size=None, batch_format="pyarrow", num_cpus=0.25
-    )
-    for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
-        yield from batch.to_pylist()
+    yield from finished(run, stage, pending)
 
 
-def _sum_seconds(entries: list[dict[str, float]]) -> dict[str, float]:
-    return {step: sum(entry.get(step, 0.0) for entry in entries) for step in STEPS}
+def make_embedder(config: CorpusConfig, resources: Resources, run_uri: str | None) -> Worker:
+    """An `Embedder`; torch is imported where it is made, a driver does without."""
+    from pipelines.curation.embedder import Embedder
+
+    return Embedder(config, resources, run_uri)
 
 
 def _too_many_bad(loss: Loss, rows: int, limit: float, apart: int) -> None:
@@ -255,8 +130,9 @@ def _finish(
         "shards_skipped": len(facts) - len(done),
         "seconds": elapsed,
         "seconds_by_step": seconds,
-        "workers": resources.workers,
+        "workers": resources.most_workers,
         "device": resources.device,
+        "precision": resources.precision,
     }
     if done or run.stage("embed") is None:
         run.settle_classes(facts)

@@ -6,7 +6,6 @@ the same shards repeated until it has worked for a while, into a scratch run; th
 
 import contextlib
 import io
-import json
 import math
 import resource
 import time
@@ -15,17 +14,16 @@ from typing import Any
 
 import numpy as np
 
-from pipelines.corpus.samples import label_source
-from pipelines.corpus.shards import BLOCK_BYTES, read_shard
 from pipelines.curation import embed as embedding
 from pipelines.curation import fit as fitting
 from pipelines.curation import score as scoring
 from pipelines.curation import select as selecting
-from pipelines.curation.workers import DECODERS, STEPS, Resources
+from pipelines.curation.workers import STEPS, Resources
 from pipelines.planning.plan import Measured, StageCost
 from pipelines.report import page as reporting
 from pipelines.runs import cluster, columns, storage
 from pipelines.runs.errors import UserError
+from pipelines.runs.executor import Task, write_file
 from pipelines.runs.record import CorpusConfig, Run, Shard
 
 MOST_SHARDS = 64  # of the scratch run: repeating shards of a dozen images until they last is minutes of starting tasks
@@ -34,29 +32,18 @@ SUBSET = "hard"
 
 
 class Probe:
-    """Ray actor: an embedding worker that runs alone and does one step after the other."""
+    """Ray actor: an embedding worker that runs alone."""
 
-    def __init__(self, config: CorpusConfig, resources: Resources):
-        self.labels = label_source(config)
-        from pipelines.curation.embedder import EmbedImages
+    def __init__(self, config: CorpusConfig, resources: Resources, scratch: str):
+        self.scratch = scratch
+        self.worker = embedding.make_embedder(config, resources, None)
 
-        self.worker = EmbedImages(config, resources)
-
-    def shard(self, number: int, shard: Shard, scratch: str, limit_s: float) -> dict[str, Any]:
-        """Counts of a shard, all of it read; seconds per sample of each step, of the blocks begun within `limit_s`."""
-        spent, embedded, reading, end = dict.fromkeys(STEPS, 0.0), 0, 0.0, {}
-        started = before = time.perf_counter()
-        for table in read_shard(number, shard, self.labels):
-            reading += time.perf_counter() - before
-            if not embedded or time.perf_counter() - started < limit_s:
-                note = embedding.write_part(self.worker(table), scratch)["seconds"][0].as_py()
-                spent = {step: value + json.loads(note).get(step, 0.0) for step, value in spent.items()}
-                embedded += table.num_rows
-            end, before = table["end"][table.num_rows - 1].as_py(), time.perf_counter()
-        counts = json.loads(end)
-        seconds = {step: value / embedded for step, value in spent.items()}
-        seconds["read"] = reading / max(1, counts["entries"])
-        return {"samples": counts["samples"], "left_out": counts["left_out"], "seconds": seconds}
+    def shard(self, number: int, shard: Shard) -> dict[str, Any]:
+        """Counts of a shard, and seconds per sample of each step."""
+        done = write_file(self.worker, Task(number, shard, ""), self.scratch, columns.EMBEDDINGS)
+        samples = max(1, done["rows"] + done["left_out"])
+        seconds = {step: value / samples for step, value in done["seconds"].items()}
+        return {"samples": samples, "left_out": done["left_out"], "seconds": seconds}
 
     def peak_bytes(self) -> int:
         """The most memory that this process has had."""
@@ -93,14 +80,16 @@ def measure(
         If the shards hold no sample that can be embedded.
     """
     try:
-        probed, worker_bytes = _probe(shards, config, resources, scratch, target_s / 2)
+        probed, worker_bytes = _probe(shards, config, resources, scratch)
         if not any(p["samples"] > p["left_out"] for p in probed):  # which counts an unreadable rest too
             raise UserError(
                 f"the {len(shards)} measured ones hold no usable sample; hardset validate says why",
                 "shards",
             )
         alone = {s: _weighted(probed, s) for s in STEPS}
-        repeats = _repeats(shards, sum(p["samples"] for p in probed) * sum(alone.values()), resources.workers, target_s)
+        repeats = _repeats(
+            shards, sum(p["samples"] for p in probed) * sum(alone.values()), resources.most_workers, target_s
+        )
         run = Run.create(storage.join(scratch, "run"), config, list(shards) * repeats, overwrite=True)
         with contextlib.redirect_stderr(io.StringIO()):  # progress over shards that nobody asked for
             batches, startup_s, left_out = _embed(run, resources)
@@ -120,22 +109,21 @@ def measure(
         bytes_per_sample=written,
         worker_bytes=worker_bytes,
         device=resources.device,
-        workers=resources.workers,
-        decoders=DECODERS[resources.device],
+        workers=resources.most_workers,
+        decoders=resources.decode_threads,
         cores=cluster.capacity().cpus,
     )
 
 
 def _probe(
-    shards: Sequence[Shard], config: CorpusConfig, resources: Resources, scratch: str, limit_s: float
+    shards: Sequence[Shard], config: CorpusConfig, resources: Resources, scratch: str
 ) -> tuple[list[dict[str, Any]], int]:
     """What each shard took in a worker alone, and the worker's peak memory in bytes."""
     ray = cluster.connect()
     actor = ray.remote(Probe).options(num_cpus=resources.cpus_per_worker, num_gpus=resources.gpus_per_worker)
-    probe = actor.remote(config, resources)
-    limit_s /= len(shards)
-    ray.get(probe.shard.remote(0, shards[0], scratch, 0.0))  # kernels and caches are warm after a first block
-    found = [ray.get(probe.shard.remote(number, shard, scratch, limit_s)) for number, shard in enumerate(shards)]
+    probe = actor.remote(config, resources, scratch)
+    ray.get(probe.shard.remote(0, shards[0]))  # kernels and caches are warm after the first
+    found = [ray.get(probe.shard.remote(number, shard)) for number, shard in enumerate(shards)]
     peak = ray.get(probe.peak_bytes.remote())
     ray.kill(probe)
     return found, peak
@@ -148,9 +136,8 @@ def _weighted(probed: list[dict[str, Any]], step: str) -> float:
 
 
 def _repeats(shards: Sequence[Shard], alone_s: float, workers: int, target_s: float) -> int:
-    """How often shards that take one worker `alone_s` are repeated: for `target_s`, and six blocks for each worker."""
-    blocks = sum(1 + shard.size // BLOCK_BYTES for shard in shards)
-    wanted = max(target_s * workers / max(alone_s, 1e-6), 6 * workers / blocks)
+    """How often shards that take one worker `alone_s` are repeated: for `target_s`, and six for each worker."""
+    wanted = max(target_s * workers / max(alone_s, 1e-6), 6 * workers / len(shards))
     return max(1, math.ceil(min(wanted, MOST_SHARDS / len(shards))))
 
 
@@ -158,21 +145,18 @@ def _embed(run: Run, resources: Resources) -> tuple[tuple[float, ...], float, in
     """Seconds per sample of consecutive parts, seconds of start-up and end, samples left out."""
     started = time.monotonic()
     times, samples, left_out = [], [], 0
-
-    def noted(rows: int) -> None:
+    for done in embedding.embed_shards(run, list(range(len(run.shards))), resources):
         times.append(time.monotonic() - started)
-        samples.append(rows)
-
-    for counts, _ in embedding.embed_shards(run, list(range(len(run.shards))), resources, noted):
-        left_out += counts["left_out"]
+        samples.append(done["rows"] + done["left_out"])
+        left_out += done["left_out"]
     embedding.embed(run, resources, max_bad_fraction=1.0)  # nothing is pending: it notes the stage
     whole = time.monotonic() - started
-    batches = _parts(np.array(times), np.array(samples), resources.workers)
+    batches = _parts(np.array(times), np.array(samples), resources.most_workers)
     return batches, max(0.0, whole - sum(samples) * float(np.mean(batches))), left_out
 
 
 def _parts(times: np.ndarray, samples: np.ndarray, workers: int) -> tuple[float, ...]:
-    """Seconds per sample of up to `PARTS` consecutive parts, between the first and the last block of each worker.
+    """Seconds per sample of up to `PARTS` consecutive parts, between the first and the last shard of each worker.
 
     Before and after those not all workers have work.
     """

@@ -122,13 +122,25 @@ def about(field: pa.Field) -> dict[str, str]:
     return {key.decode(): value.decode() for key, value in (field.metadata or {}).items()}
 
 
+# Of each embedded sample: its picture's size in pixels; where the encoded image lies in its shard (`offset` is null in a
+# gzip-compressed one) and its length in bytes; the first half of the SHA-256 of these bytes. Files of older runs lack them.
+IMAGE_FIELDS = (
+    pa.field("width", pa.int32()),
+    pa.field("height", pa.int32()),
+    pa.field("offset", pa.int64()),
+    pa.field("bytes", pa.int64()),
+    pa.field("sha256", pa.binary(16)),
+)
+IMAGE_NAMES = tuple(field.name for field in IMAGE_FIELDS)
+
+
 def embeddings_schema(width: int, dtype: str, views: int) -> pa.Schema:
-    """Schema of `embeddings/`: `embedding` of the plain image, `augmented` its other views - 1 views end to end."""
+    """Schema of `embeddings/`: `embedding` of the plain image, `augmented` its other views - 1 views end to end; IMAGE_FIELDS."""
     value = {"float16": pa.float16(), "float32": pa.float32()}[dtype]
     fields = [*KEYS, LABEL, pa.field("embedding", pa.list_(value, width))]
     if views > 1:
         fields.append(pa.field("augmented", pa.list_(value, width * (views - 1))))
-    return pa.schema(fields)
+    return pa.schema([*fields, *IMAGE_FIELDS])
 
 
 DIFFICULTY_SCHEMA = pa.schema(

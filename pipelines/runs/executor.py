@@ -32,7 +32,7 @@ from typing import Any, NamedTuple, Protocol
 
 import pyarrow as pa
 
-from pipelines.runs import column_groups
+from pipelines.runs import cluster, column_groups
 from pipelines.runs.errors import StageFailed
 from pipelines.runs.isolated import IsolatedWorker
 from pipelines.runs.progress import Progress
@@ -179,12 +179,31 @@ def finished(run: Run, stage: Stage, pending: Sequence[int]) -> Iterator[dict[st
 
 
 def write_file(worker: Worker, task: Task, run_uri: str, group: str) -> dict[str, Any]:
-    """Have a worker do one shard, and write its file; what the driver is told of it."""
-    output = worker.run(task)
-    tables = [output.tables] if isinstance(output.tables, pa.Table) else output.tables
+    """Have a worker do one shard, and write its file; what the driver is told of it, seconds of writing among it."""
+    started, output = time.perf_counter(), worker.run(task)
+    tables = _Timed([output.tables] if isinstance(output.tables, pa.Table) else output.tables)
     facts = _Told(task.source, output.facts)
     rows = column_groups.write_tables(run_uri, group, task.shard, tables, facts, output.schema)
-    return {"shard": task.shard, "rows": rows, **output.notes}
+    write = time.perf_counter() - started - tables.seconds
+    seconds = {**output.notes.get("seconds", {}), "write": write}
+    return {"shard": task.shard, "rows": rows, **output.notes, "seconds": seconds}
+
+
+class _Timed:
+    """The same tables; `seconds` is what they took to come."""
+
+    def __init__(self, tables: Iterable[pa.Table]):
+        self._tables, self.seconds = iter(tables), 0.0
+
+    def __iter__(self) -> Iterator[pa.Table]:
+        return self
+
+    def __next__(self) -> pa.Table:
+        started = time.perf_counter()
+        try:
+            return next(self._tables)
+        finally:
+            self.seconds += time.perf_counter() - started
 
 
 class _Told(Mapping):
@@ -230,15 +249,14 @@ class WriteShards:
 
     def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
         for row in batch.to_pylist():
-            task = Task(row["shard"], Shard(row["url"], row["size"], row["mtime_ns"]), row["source"])
+            task = Task(row["shard"], Shard(**json.loads(row["entry"])), row["source"])
             yield pa.table({"note": [json.dumps(self.write(task))]})
 
 
 def _by_actors(run_uri: str, stage: Stage, tasks: Sequence[Task]) -> Iterator[dict[str, Any]]:
     if not tasks:
         return
-    import ray
-
+    ray = cluster.connect()
     blocks = handfuls(tasks, _most(stage.pool))
     context = ray.data.DataContext.get_current().copy()
     context.target_max_block_size = 1  # a note leaves the actor when it is yielded, not with the others of its block
@@ -284,7 +302,7 @@ def handfuls(tasks: Sequence[Task], workers: int) -> list[list[Task]]:
 
 
 def _rows(block: Sequence[Task]) -> pa.Table:
-    return pa.Table.from_pylist([{"shard": t.shard, "source": t.source, **dataclasses.asdict(t.entry)} for t in block])
+    return pa.Table.from_pylist([t._asdict() | {"entry": json.dumps(dataclasses.asdict(t.entry))} for t in block])
 
 
 def _most(pool: Pool) -> int:

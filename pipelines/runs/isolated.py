@@ -75,15 +75,27 @@ class InHand:
         self._memory, self._held, self._passed = memory, {}, 0
         self._lock, self._numbers = threading.Lock(), itertools.count()
 
+    @property
+    def noted(self) -> bool:
+        """Whether another process sees it, and makes the worker again if this one dies."""
+        return self._memory is not None
+
     @contextlib.contextmanager
     def hold(self, step: str, first: int, last: int) -> Iterator[None]:
         """Rows `first` to `last` are in a step's hand while this lasts."""
+        taken = self.take(step, first, last)
+        yield
+        self.release(taken)
+
+    def take(self, step: str, first: int, last: int) -> int:
+        """`hold` without its end, which is `release` of what is returned."""
         number = next(self._numbers)
         self._note(number, Held(step, first, last, time.monotonic()))
-        try:
-            yield
-        finally:
-            self._note(number, None)
+        return number
+
+    def release(self, taken: int) -> None:
+        """No longer in hand."""
+        self._note(taken, None)
 
     def passed(self, samples: int) -> None:
         """So many samples came through the last step."""

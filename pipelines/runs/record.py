@@ -316,9 +316,9 @@ class Run:
         before = self.record["precision"]
         if before != precision:
             raise UserError(
-                f"this run's embeddings were computed in {before}, this device computes in {precision}; "
-                "these cannot be mixed: take the device of before, another `run`, or `overwrite`",
-                "device",
+                f"{precision}: this run's embeddings were computed in {before}; these cannot be mixed: take {before}, "
+                "another `run`, or `overwrite`",
+                "precision",
             )
 
     def settle_classes(self, facts: Sequence[dict[str, Any]]) -> None:

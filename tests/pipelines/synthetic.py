@@ -56,7 +56,9 @@ def make_run(folder, sizes=(40, 25, 35), classes=3, dim=6, seed=0, labelled=True
     for shard, size in enumerate(sizes):
         rows = slice(start, start + size)
         found = features[rows].reshape(size, views * dim)
-        others = {"augmented": columns.vector_array(found[:, dim:], pa.float32())} if views > 1 else {}
+        others = {field.name: pa.nulls(size, field.type) for field in columns.IMAGE_FIELDS}
+        if views > 1:
+            others["augmented"] = columns.vector_array(found[:, dim:], pa.float32())
         table = (
             pa.table(
                 others
