@@ -23,7 +23,7 @@ from PIL import Image
 from ops.corruptions import CORRUPTIONS, SEVERITIES, corrupt
 from ops.decoding import ImageError, decode_image
 from pipelines.corpus.samples import IMAGE_SUFFIXES, LabelSource, SampleNumbering, member_rank
-from pipelines.corpus.shards import read_shard
+from pipelines.corpus.shards import read_entries
 from pipelines.corpus.tarstream import ByteStream, TarDamage, TarStream
 from pipelines.runs import storage
 from pipelines.runs.errors import UserError
@@ -152,7 +152,8 @@ def _source(shard: Shard, corruption: Corruption) -> str:
 def corrupt_shard(number: int, shard: Shard, target: str, corruption: Corruption) -> dict[str, int]:
     """Ray task: one corrupted copy of a shard and, written last, the record that marks it done."""
     torch.set_num_threads(1)
-    good = set(_good_rows(number, shard))
+    # Those that have an image and a key that may be written.
+    good = {entry.row for entry in read_entries(shard, LabelSource("none"), {}) if entry.image is not None}
     written = bad = 0
     with (
         storage.write_atomic(target) as output,
@@ -173,13 +174,6 @@ def corrupt_shard(number: int, shard: Shard, target: str, corruption: Corruption
     record = {"source": _source(shard, corruption), **dataclasses.asdict(corruption), "shard": shard.url, **counts}
     storage.write_text_atomic(f"{target}.json", json.dumps(record) + "\n")
     return counts
-
-
-def _good_rows(number: int, shard: Shard) -> Iterator[int]:
-    """Rows of the samples that have an image and a key that may be written."""
-    for table in read_shard(number, shard, LabelSource("none")):
-        kept = table.filter(table["image"].is_valid())
-        yield from kept["row"].to_pylist()
 
 
 def _samples(shard: Shard, good: set[int]) -> Iterator[tuple[int, list[tuple[str, str, bytes]]]]:

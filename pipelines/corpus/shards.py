@@ -1,19 +1,16 @@
-"""Webdataset shards: found, read as a stream of Arrow tables that loses nothing silently, and written as subsets.
+"""Webdataset shards: found, read as a stream of samples that loses nothing silently, and written as subsets.
 
-Reading a shard is a generator of tables, which `pipelines.corpus.datasource` runs in Ray tasks. Bad data becomes a row
-with a reason; a storage that fails is tried again from where the last block ended, and then fails the stage: it says
-nothing about the data.
+Bad data becomes an entry with a reason; a storage that fails is tried again from where the last entry ended, and then
+fails the stage: it says nothing about the data.
 """
 
 import hashlib
 import itertools
-import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
-import pyarrow as pa
 
 from pipelines.corpus.samples import (
     IMAGE_SUFFIXES,
@@ -32,25 +29,9 @@ from pipelines.runs import storage
 from pipelines.runs.record import Shard
 from pipelines.runs.retries import StorageError, retrying
 
-# Ray's default of 128 MiB made a reader take 464-494 MiB of memory; 16 MiB blocks made it 237.
-BLOCK_BYTES = 16 << 20
+BLOCK_BYTES = 16 << 20  # of encoded images that `iter_images` holds
 # Buckets whose ETags are not the MD5 of the bytes, though they look like it: known after one shard was read twice.
 _without_md5: set[str] = set()
-_ROW_BYTES = 256  # about what a row weighs besides its image
-
-SAMPLES = pa.schema(
-    [
-        pa.field("shard", pa.int32()),
-        pa.field("position", pa.int64()),  # counts the rows of this table's shard, the last one (`end`) too
-        pa.field("row", pa.int64()),
-        pa.field("key", pa.string()),
-        pa.field("label", pa.int64()),
-        pa.field("image", pa.large_binary()),  # encoded, as stored; null where there is a reason
-        pa.field("reason", pa.string()),  # why the sample is left out; null for a good one
-        pa.field("member", pa.string()),
-        pa.field("end", pa.string()),  # JSON on the last row of a shard, null on all others
-    ]
-)
 
 
 class WrongAnswer(ConnectionError):
@@ -100,42 +81,6 @@ def shard_digest(url: str) -> str:
     return retrying(url, lambda: _digest(url))
 
 
-def read_shard(
-    number: int,
-    shard: Shard,
-    labels: LabelSource,
-    block_bytes: int = BLOCK_BYTES,
-    max_image_bytes: int = MAX_IMAGE_BYTES,
-) -> Iterator[pa.Table]:
-    """One shard's tables; a StorageError that names it if the storage fails for too long or the shard has changed.
-
-    The last row has `end`, JSON with `entries` (rows before that one), `samples` (numbered, good or not), `left_out`,
-    `ignored` (members of no sample, such as README), `apart` (of the samples: parts of one that the tar does not keep
-    together), `digest` (sha256), `ends` (sha256 of both ends), `bytes`, `seconds` (spent reading), `end_mark` (False: the tar
-    stops behind a member without one), and of an unreadable rest `rest_bytes` and `rest_samples`, an estimate (None where
-    no sample was read before it). entries = samples, plus one if the shard has an unreadable rest.
-
-    Ray may have taken earlier tables when the storage fails, so another try reads from the start and yields what
-    follows these: tables depend on nothing but the shard's bytes.
-    """
-    done, tables = 0, None
-
-    def following() -> pa.Table | None:
-        nonlocal tables
-        if tables is None:
-            whole = _tables(number, shard, labels, block_bytes, max_image_bytes)
-            tables = itertools.islice(whole, done, None)
-        try:
-            return next(tables, None)
-        except OSError:
-            tables = None  # from the start
-            raise
-
-    while (table := retrying(shard.url, following)) is not None:
-        yield table
-        done += 1
-
-
 def read_entries(
     shard: Shard, labels: LabelSource, end: dict[str, Any], max_image_bytes: int = MAX_IMAGE_BYTES
 ) -> Iterator[Entry]:
@@ -146,13 +91,17 @@ def read_entries(
     shard : Shard
     labels : LabelSource
     end : dict
-        Gets, before the generator ends, `entries` (yielded), `samples` (numbered, good or not), `left_out`, `ignored`
-        (members of no sample, such as README), `digest` (sha256), `bytes`, `seconds` (spent reading).
+        Gets, before the last entry or the generator's end: `entries` (yielded in all), `samples` (numbered, good or not),
+        `left_out`, `ignored` (members of no sample, such as README), `apart` (of the samples: parts of one that the tar
+        does not keep together), `digest` (sha256), `ends` (sha256 of both ends), `bytes`, `seconds` (spent reading),
+        `end_mark` (False: the tar stops behind a member without one), and of an unreadable rest `rest_bytes` and
+        `rest_samples`, an estimate (None where no sample was read before it). entries = samples, plus one if there is an
+        unreadable rest.
 
     Raises
     ------
     StorageError
-        If the storage fails `TRIES` times or the shard has changed. Another try reads from the start and yields what
+        If the storage fails for too long or the shard has changed. Another try reads from the start and yields what
         follows what was yielded before.
     """
     done, entries = 0, None
@@ -172,23 +121,24 @@ def read_entries(
         done += 1
 
 
-def iter_images(number: int, shard: Shard, rows: np.ndarray) -> Iterator[tuple[np.ndarray, list[bytes]]]:
-    """(rows, encoded images) of chosen samples, ascending `rows` (n,), block by block in shard order.
+def iter_images(shard: Shard, rows: np.ndarray) -> Iterator[tuple[np.ndarray, list[bytes]]]:
+    """(rows, encoded images) of chosen samples, ascending `rows` (n,), some MiB at a time in shard order.
 
-    For whole corpora: one block in memory, and what lies behind the last row is not read. A row whose image is not there
-    any more is missing from what comes; the caller knows what it wanted.
+    For whole corpora: what lies behind the last row is not read. A row whose image is not there any more is missing from
+    what comes; the caller knows what it wanted.
     """
-    if not len(rows):
-        return
+    wanted, found, size = set(rows.tolist()), {}, 0
     # Without labels: they come from the run, and a sample is wanted because it was good when it was embedded.
-    for table in read_shard(number, shard, LabelSource("none")):
-        good = table.filter(table["image"].is_valid())
-        there = good["row"].to_numpy()
-        keep = np.flatnonzero(np.isin(there, rows, assume_unique=True))
-        if len(keep):
-            yield there[keep], good["image"].take(pa.array(keep)).to_pylist()
-        if len(there) and there[-1] >= rows[-1]:
+    for entry in read_entries(shard, LabelSource("none"), {}) if wanted else ():
+        if entry.row in wanted and entry.image is not None:
+            found[entry.row], size = entry.image, size + len(entry.image)
+        if found and (size >= BLOCK_BYTES or entry.row == rows[-1]):
+            yield np.array(list(found)), list(found.values())
+            found, size = {}, 0
+        if entry.row == rows[-1]:
             return
+    if found:
+        yield np.array(list(found)), list(found.values())
 
 
 def read_images(shard: Shard, rows: Sequence[int]) -> list[tuple[int, bytes]]:
@@ -253,40 +203,6 @@ def write_subset_shard(
         return written
 
     return retrying(uri, write)
-
-
-class _TableBuilder:
-    """Collects entries up to a block's bytes."""
-
-    def __init__(self, number: int):
-        self.number, self.position, self.bytes = number, 0, 0
-        self._entries: list[Entry] = []
-
-    def add(self, entry: Entry) -> None:
-        self._entries.append(entry)
-        self.bytes += _ROW_BYTES + (len(entry.image) if entry.image is not None else 0)
-
-    def table(self, end: dict | None = None) -> pa.Table:
-        entries = self._entries if end is None else [*self._entries, Entry(*[None] * 6)]
-        rows, keys, labels, images, reasons, members, _ = zip(*entries)
-        positions = range(self.position, self.position + len(entries))
-        ends = [None] * len(entries)
-        if end is not None:
-            ends[-1] = json.dumps(end)
-        columns = ([self.number] * len(entries), positions, rows, keys, labels, images, reasons, members, ends)
-        self.position, self.bytes, self._entries = positions.stop, 0, []
-        return pa.Table.from_arrays([pa.array(c, f.type) for c, f in zip(columns, SAMPLES)], schema=SAMPLES)
-
-
-def _tables(
-    number: int, shard: Shard, labels: LabelSource, block_bytes: int, max_image_bytes: int
-) -> Iterator[pa.Table]:
-    builder, end = _TableBuilder(number), {}
-    for entry in _entries(shard, labels, end, max_image_bytes):
-        if builder.bytes >= block_bytes:
-            yield builder.table()
-        builder.add(entry)
-    yield builder.table(end)
 
 
 def _entries(shard: Shard, labels: LabelSource, end: dict[str, Any], max_image_bytes: int) -> Iterator[Entry]:

@@ -6,20 +6,17 @@ the images every so-manieth is decoded.
 """
 
 import dataclasses
-import json
 import re
 import time
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-import pyarrow as pa
-
 from ops.decoding import ImageError, decode_picture, format_of
 from pipelines.corpus.loss import loss_of
-from pipelines.corpus.samples import LabelSource
+from pipelines.corpus.samples import Entry, LabelSource
 from pipelines.corpus.shardlist import evenly
-from pipelines.corpus.shards import read_shard
+from pipelines.corpus.shards import read_entries
 from pipelines.runs.progress import Progress
 from pipelines.runs.record import Shard
 from pipelines.runs.tasks import in_order
@@ -110,52 +107,43 @@ class Findings:
 
 def validate_shard(number: int, shard: Shard, check: Check) -> Findings:
     """Ray task: what is in one shard."""
-    found = Findings()
+    found, end = Findings(), {}
     shard = dataclasses.replace(shard, image=check.image)
-    for table in read_shard(number, shard, LabelSource(check.label, check.class_names, member=check.label_member)):
-        _look_at(table, check, found)
+    for entry in read_entries(shard, LabelSource(check.label, check.class_names, member=check.label_member), end):
+        if entry.reason is not None:
+            found.left_out += 1
+            found.unreadable += entry.row is None
+            found.leave_out(_told(number, entry, entry.reason))
+            continue
+        found.image_bytes += len(entry.image)
+        if entry.label is not None:
+            found.labels[entry.label] += 1
+        if entry.row % check.decode_every == 0:
+            _decode(number, entry, check, found)
+    found.samples, found.ignored, found.bytes = end["samples"], end["ignored"], end["bytes"]
+    found.apart, found.unmarked = end["apart"], int(not end["end_mark"])
+    noted = {name: end[name] for name in ("left_out", "rest_bytes", "rest_samples")}
+    found.shards.append(noted | {"rows": end["entries"] - end["left_out"], "size": end["bytes"]})
     return found
 
 
-def _look_at(table: pa.Table, check: Check, found: Findings) -> None:
-    end = table["end"][table.num_rows - 1].as_py()
-    good = table.filter(table["image"].is_valid())
-    found.image_bytes += pa.compute.sum(pa.compute.binary_length(good["image"])).as_py() or 0
-    found.labels.update(good["label"].drop_null().to_pylist())
-    left_out = table.filter(table["reason"].is_valid())
-    for entry in left_out.select(["shard", "row", "key", "member", "reason"]).to_pylist():
-        found.leave_out(entry)
-    found.left_out += left_out.num_rows
-    found.unreadable += left_out["row"].null_count
-    found.samples += table.num_rows - (end is not None) - left_out["row"].null_count
-    for place, row in enumerate(good["row"].to_pylist()):
-        if row % check.decode_every == 0:
-            _decode(good.slice(place, 1), check, found)
-    if end is not None:
-        counts = json.loads(end)
-        found.ignored += counts["ignored"]
-        found.apart += counts["apart"]
-        found.unmarked += not counts["end_mark"]
-        noted = {name: counts[name] for name in ("left_out", "rest_bytes", "rest_samples")}
-        found.shards.append(noted | {"rows": counts["entries"] - counts["left_out"], "size": counts["bytes"]})
-        found.bytes += counts["bytes"]
+def _told(number: int, entry: Entry, reason: str) -> dict[str, Any]:
+    return {"shard": number, "row": entry.row, "key": entry.key, "member": entry.member, "reason": reason}
 
 
-def _decode(sample: pa.Table, check: Check, found: Findings) -> None:
+def _decode(number: int, entry: Entry, check: Check, found: Findings) -> None:
     """Decode one image as the embedding actor would."""
-    data = sample["image"][0].as_py()
     found.decoded += 1
     try:
-        picture, orientation = decode_picture(data, max_pixels=check.max_pixels)
+        picture, orientation = decode_picture(entry.image, max_pixels=check.max_pixels)
     except ImageError as error:
         found.undecodable += 1
-        entry = sample.select(["shard", "row", "key", "member"]).to_pylist()[0]
-        found.leave_out(entry | {"reason": str(error)})
+        found.leave_out(_told(number, entry, str(error)))
         return
     side = min(picture.shape[:2])
     found.rotated += orientation != 1
     found.sizes[next((size for size in SIZES if side <= size), 1 << 20)] += 1
-    kind = format_of(data)
+    kind = format_of(entry.image)
     found.formats[{"jpg": "jpeg", "tif": "tiff"}.get(kind, kind)] += 1
 
 

@@ -171,11 +171,11 @@ def input_batches(
             yield batch["row"].to_numpy(), torch.from_numpy(vectors)
         return
     decoder = PictureDecoder(model.spec.image_size, forward.max_pixels, exif=entry.exif)
-    for batch, pictures in decoder.decode_all(_encoded(shard, entry, rows, forward.batch_size)):
+    for batch, pictures in decoder.decode_all(_encoded(entry, rows, forward.batch_size)):
         yield batch.rows, pictures
 
 
-def _encoded(shard: int, entry: Shard, rows: np.ndarray, batch_size: int) -> Iterator[Inputs]:
-    for at, images in iter_images(shard, entry, rows):
+def _encoded(entry: Shard, rows: np.ndarray, batch_size: int) -> Iterator[Inputs]:
+    for at, images in iter_images(entry, rows):
         for start in range(0, len(at), batch_size):
             yield Inputs(images[start : start + batch_size], at[start : start + batch_size])

@@ -264,7 +264,7 @@ def _by_actors(run_uri: str, stage: Stage, tasks: Sequence[Task]) -> Iterator[di
     with ray.data.DataContext.current(context), warnings.catch_warnings():
         # Ray deprecates the arguments that bound restarts and has no other way yet.
         warnings.simplefilter("ignore", ray.util.annotations.RayDeprecationWarning)
-        dataset = ray.data.from_arrow([_rows(block) for block in blocks]).map_batches(
+        dataset = ray.data.from_arrow([rows_of(block) for block in blocks]).map_batches(
             WriteShards,
             fn_constructor_args=(run_uri, stage),
             compute=_strategy(stage.pool, len(blocks)),
@@ -301,7 +301,8 @@ def handfuls(tasks: Sequence[Task], workers: int) -> list[list[Task]]:
     return blocks
 
 
-def _rows(block: Sequence[Task]) -> pa.Table:
+def rows_of(block: Sequence[Task]) -> pa.Table:
+    """Tasks as rows of a dataset."""
     return pa.Table.from_pylist([t._asdict() | {"entry": json.dumps(dataclasses.asdict(t.entry))} for t in block])
 
 

@@ -116,7 +116,7 @@ def _read_embeddings(source: Source, shard: int, wanted: np.ndarray) -> Iterator
 
 
 def _read_images(source: Source, shard: int, wanted: np.ndarray) -> Iterator[tuple[np.ndarray, list[bytes]]]:
-    return iter_images(shard, source.shards[shard], wanted)
+    return iter_images(source.shards[shard], wanted)
 
 
 class Loader:

@@ -218,7 +218,7 @@ def _first_image_size(run: Run) -> int:
         rows = column_groups.read(run.uri, columns.EMBEDDINGS, shard, ["row"])["row"].to_numpy()
         if not len(rows):
             continue
-        for _, images in iter_images(shard, run.shards[shard], rows[:1]):
+        for _, images in iter_images(run.shards[shard], rows[:1]):
             return min(224, *decode_image(images[0], run.config.max_pixels, run.config.exif).shape[-2:])
     raise UserError(f"{run.uri}: no usable image in its shards", "run")
 

@@ -1,31 +1,27 @@
 """Shards as a stream of tables, through Ray and without, over a storage that fails; subsets written and read back."""
 
 import builtins
-import functools
 import hashlib
-import json
 import os
-import signal
 import subprocess
 import tarfile
 from pathlib import Path
 
 import fsspec
-import pyarrow as pa
+import numpy as np
 import pytest
 import webdataset
 from fsspec.implementations.local import LocalFileSystem
 
 from pipelines.corpus import shards
-from pipelines.corpus.datasource import ShardSource, read_shards
 from pipelines.corpus.moved import ends_digest
 from pipelines.corpus.samples import LabelSource
 from pipelines.corpus.shards import (
-    SAMPLES,
     ShardChanged,
     expand_shards,
+    iter_images,
+    read_entries,
     read_images,
-    read_shard,
     write_subset_shard,
 )
 from pipelines.runs import storage
@@ -39,16 +35,10 @@ def sample(i):
     return f"{i:04d}", {"jpg": bytes([i % 251]) * (100 + 37 * i), "cls": b"%d" % (i % 7), "txt": b"text %d" % i}
 
 
-def table_of(shard, number=0, labels=CLS, **options):
-    return pa.concat_tables(read_shard(number, shard, labels, **options))
-
-
-def end_of(table):
-    return json.loads(table["end"][-1].as_py())
-
-
-def without_end(table):
-    return table.slice(0, table.num_rows - 1)
+def entries_of(shard, labels=CLS):
+    """All entries, and what the end says."""
+    end = {}
+    return list(read_entries(shard, labels, end)), end
 
 
 @pytest.fixture
@@ -57,31 +47,29 @@ def shard(tmp_path, make_shard):
 
 
 def test_rows_and_the_end(shard):
-    table = table_of(shard, number=3)
-    assert table.schema == SAMPLES
-    end, rows = end_of(table), without_end(table).to_pylist()
+    entries, end = entries_of(shard)
+    whole = Path(shard.url).read_bytes()
     assert end | {"seconds": 0} == {
         "samples": 100, "left_out": 0, "ignored": 0, "entries": 100, "bytes": shard.size, "seconds": 0,
-        "digest": hashlib.sha256(Path(shard.url).read_bytes()).hexdigest(), "ends": ends_digest(shard.url),
+        "digest": hashlib.sha256(whole).hexdigest(), "ends": ends_digest(shard.url),
         "apart": 0, "end_mark": True, "rest_bytes": 0, "rest_samples": 0,
     }  # fmt: skip
     assert end["seconds"] > 0 and end["digest"] == shards.shard_digest(shard.url)
-    for i, row in enumerate(rows):
+    for i, entry in enumerate(entries):
         key, parts = sample(i)
-        assert row == {
-            "shard": 3, "position": i, "row": i, "key": key, "label": i % 7, "image": parts["jpg"], "reason": None,
-            "member": f"{key}.jpg", "end": None,
-        }  # fmt: skip
-    assert table["position"].to_pylist() == list(range(101))
+        assert entry[:6] == (i, key, i % 7, parts["jpg"], None, f"{key}.jpg")
+        assert whole[entry.offset : entry.offset + len(entry.image)] == entry.image
 
 
 @pytest.mark.parametrize("block_bytes", [1, 5_000, 50_000, 1 << 24])
-def test_blocks_hold_the_same_rows_and_are_bounded(shard, block_bytes):
-    tables = list(read_shard(0, shard, CLS, block_bytes=block_bytes))
-    assert without_end(pa.concat_tables(tables)) == without_end(table_of(shard))
-    largest = max(len(sample(i)[1]["jpg"]) for i in range(100)) + 256
-    assert all(t["image"].nbytes <= block_bytes + largest + 8 * (t.num_rows + 1) for t in tables)
-    assert [t["end"].null_count for t in tables] == [t.num_rows for t in tables[:-1]] + [tables[-1].num_rows - 1]
+def test_chosen_images_come_in_bounded_blocks(shard, monkeypatch, block_bytes):
+    monkeypatch.setattr(shards, "BLOCK_BYTES", block_bytes)
+    rows = np.array([0, 3, 4, 50, 98])
+    blocks = list(iter_images(shard, rows))
+    assert np.array_equal(np.concatenate([at for at, _ in blocks]), rows)
+    assert [image for _, images in blocks for image in images] == [sample(i)[1]["jpg"] for i in rows]
+    assert all(sum(map(len, images[:-1])) < block_bytes for _, images in blocks)
+    assert list(iter_images(shard, rows[:0])) == []
 
 
 def test_an_empty_tar_and_damaged_ones(tmp_path, make_shard, shard):
@@ -96,12 +84,11 @@ def test_an_empty_tar_and_damaged_ones(tmp_path, make_shard, shard):
         path = tmp_path / name
         if content != 0:
             path.write_bytes(content)
-        table = table_of(expand_shards(str(path))[0])
-        end, last = end_of(table), table.slice(max(0, table.num_rows - 2), 1).to_pylist()[0]
-        assert (end["left_out"], end["entries"]) == (left_out, end["samples"] + left_out), name
+        entries, end = entries_of(expand_shards(str(path))[0])
+        assert (end["left_out"], end["entries"], len(entries)) == (left_out, end["samples"] + left_out, end["entries"])
         assert end["digest"] == hashlib.sha256(path.read_bytes()).hexdigest()
         if left_out:
-            assert last["row"] is None and last["key"] is None and "byte" in last["reason"]
+            assert entries[-1].row is None and entries[-1].key is None and "byte" in entries[-1].reason
     assert 40 < end["samples"] < 90
 
 
@@ -145,75 +132,36 @@ def flaky(shard, monkeypatch):
 
 
 def test_a_storage_error_is_tried_again_after_the_rows_already_given(shard, flaky):
-    expected = [without_end(t) if t["end"].null_count < t.num_rows else t for t in read_shard(0, shard, CLS, 10_000)]
+    expected, _ = entries_of(shard)
     for positions in ([0], [shard.size // 2], [1000, 50_000, 150_000], [shard.size - 3000]):
         Flaky.fail_at, Flaky.opened = list(positions), 0
-        tables = list(read_shard(0, flaky, CLS, 10_000))
+        entries, end = entries_of(flaky)
         assert Flaky.opened == len(positions) + 1 and not Flaky.fail_at
-        assert end_of(tables[-1])["digest"] == shards.shard_digest(shard.url)
-        assert [*tables[:-1], without_end(tables[-1])] == expected
+        assert end["digest"] == shards.shard_digest(shard.url) and entries == expected
 
 
 def test_a_storage_error_that_stays_fails_and_names_the_shard(flaky, monkeypatch):
     monkeypatch.setenv("HARDSET_STORAGE_RETRY_S", "0.5")
     Flaky.always = True
     with pytest.raises(StorageError, match=r"s\.tar: the storage did not answer well .*connection lost"):
-        list(read_shard(0, flaky, CLS))
+        entries_of(flaky)
     assert Flaky.opened > 2
 
 
 def test_a_shard_that_vanished_or_was_cut_since_it_was_listed_fails(shard):
     os.truncate(shard.url, shard.size // 2)
     with pytest.raises(shards.ShardChanged, match=f"instead of {shard.size}"):
-        list(read_shard(0, shard, CLS))
+        entries_of(shard)
     os.unlink(shard.url)
     with pytest.raises(StorageError, match="not there any more"):
-        list(read_shard(0, shard, CLS))
+        entries_of(shard)
 
 
-def test_through_ray_equals_reading_alone(work_in_ray, tmp_path, make_shard):
-    for number, count in enumerate((70, 1, 40)):
-        make_shard(tmp_path / f"{number}.tar", map(sample, range(count)))
-    pending = [(number + 5, found) for number, found in enumerate(expand_shards(str(tmp_path)))]
-    dataset = read_shards(pending, CLS, block_bytes=20_000)
-    blocks = [b for b in dataset.iter_batches(batch_size=None, batch_format="pyarrow") if b.num_rows]
-    table = pa.concat_tables(blocks).cast(SAMPLES)
-    assert len(blocks) > 3
-    for number, found in pending:
-        mine = table.filter(pa.compute.equal(table["shard"], number)).sort_by("position")
-        assert without_end(mine) == without_end(table_of(found, number))
-        assert end_of(mine)["entries"] == mine.num_rows - 1
-    context = work_in_ray.data.DataContext.get_current()
-    assert context.target_max_block_size != 20_000, "the caller's settings must stay"
-
-
-def killed_once(number, shard, marker):
-    """Reads, but the first process to come to its third table dies there as by kill -9."""
-    for index, table in enumerate(read_shard(number, shard, CLS, 10_000)):
-        if index == 2 and not os.path.exists(marker):
-            Path(marker).touch()
-            os.kill(os.getpid(), signal.SIGKILL)
-        yield table
-
-
-def test_through_ray_a_killed_reader_loses_and_doubles_nothing(work_in_ray, tmp_path, shard):
-    source = ShardSource([(0, shard)], functools.partial(killed_once, marker=str(tmp_path / "killed")))
-    dataset = work_in_ray.data.read_datasource(source, override_num_blocks=1, num_cpus=0.25)
-    table = pa.concat_tables(dataset.iter_batches(batch_size=None, batch_format="pyarrow")).cast(SAMPLES)
-    assert os.path.exists(tmp_path / "killed")
-    assert without_end(table) == without_end(table_of(shard))
-
-
-def test_through_ray_nothing_pending(work_in_ray):
-    assert read_shards([], CLS).count() == 0
-
-
-def test_through_ray_from_s3(ray_session, s3_folder, shard):
+def test_from_s3(s3_folder, shard):
     with storage.write_atomic(storage.join(s3_folder, "s.tar")) as file:
         file.write(Path(shard.url).read_bytes())
     (remote,) = expand_shards(s3_folder)
-    table = pa.concat_tables(read_shards([(0, remote)], CLS).iter_batches(batch_size=None, batch_format="pyarrow"))
-    assert without_end(table.cast(SAMPLES)) == without_end(table_of(shard))
+    assert entries_of(remote)[0] == entries_of(shard)[0]
     written = write_subset_shard([(remote, 0, [1, 50])], storage.join(s3_folder, "subset.tar"))
     assert [w.row for w in written] == [1, 50]
     assert storage.read_bytes(storage.join(s3_folder, "subset.tar"))[:8] == b"0001.jpg"
@@ -235,7 +183,7 @@ def test_subset_is_read_by_webdataset_tarfile_and_tar(tmp_path, make_shard):
         assert [m.name for m in tar] == [f"{k}.{s}" for k in chosen for s in ("JPG", "cls", "json")]
         assert {(m.mtime, m.uid, m.gid, m.mode, m.uname) for m in tar} == {(0, 0, 0, 0o644, "")}
     subprocess.run(["tar", "-tf", str(out)], check=True, capture_output=True)
-    assert end_of(table_of(expand_shards(str(out))[0]))["left_out"] == 0
+    assert entries_of(expand_shards(str(out))[0])[1]["left_out"] == 0
 
 
 def test_subset_of_several_shards_has_unique_keys_and_the_same_bytes_each_time(tmp_path, make_shard):
@@ -257,7 +205,7 @@ def test_subset_of_a_damaged_shard_takes_what_was_whole(tmp_path, shard, make_sh
         end = tar.getmember("0050.txt").offset_data + 512
     (tmp_path / "cut.tar").write_bytes(data[:end])
     cut = expand_shards(str(tmp_path / "cut.tar"))[0]
-    assert end_of(table_of(cut))["samples"] == 51
+    assert entries_of(cut)[1]["samples"] == 51
     assert len(write_subset_shard([(cut, 0, [3, 50])], str(tmp_path / "o.tar"))) == 2
     with pytest.raises(ShardChanged, match="no image of row 51 any more: it ends before"):
         write_subset_shard([(cut, 0, [3, 51])], str(tmp_path / "p.tar"))
@@ -278,7 +226,7 @@ def test_rows_of_the_reader_are_rows_of_the_writer(tmp_path, make_shard):
         ("d.txt", b"6"), ("a.png", b"7"), ("e.png", b"8"),
     ]  # fmt: skip
     source = expand_shards(make_shard(tmp_path / "s.tar", members=members))[0]
-    rows = without_end(table_of(source, labels=LabelSource("none"))).to_pylist()
+    rows = [entry._asdict() for entry in entries_of(source, LabelSource("none"))[0]]
     kept = [row for row in rows if row["reason"] is None]
     assert [row["key"] for row in kept] == ["a", "d", "e"]
     written = write_subset_shard([(source, 0, [row["row"] for row in kept])], str(tmp_path / "o.tar"))
@@ -311,5 +259,5 @@ def test_nothing_is_unpickled_run_or_written(tmp_path, make_shard, monkeypatch):
     members = [(f"../escape.{suffix}", data) for suffix, data in parts.items()]
     source = make_shard(tmp_path / "in" / "s.tar", [("a", parts)], members=members)
     before = sorted(os.listdir(tmp_path))
-    table_of(expand_shards(source)[0])
+    entries_of(expand_shards(source)[0])
     assert sorted(os.listdir(tmp_path)) == before and os.listdir(tmp_path / "in") == ["s.tar"]
