@@ -27,15 +27,11 @@ from pipelines.corpus.tarstream import BLOCK, CHUNK_BYTES, ByteStream, Member, T
 from pipelines.corpus.tarwriter import TarWriter
 from pipelines.runs import storage
 from pipelines.runs.record import Shard
-from pipelines.runs.retries import StorageError, retrying
+from pipelines.runs.retries import StorageError, WrongAnswer, retrying
 
 BLOCK_BYTES = 16 << 20  # of encoded images that `iter_images` holds
 # Buckets whose ETags are not the MD5 of the bytes, though they look like it: known after one shard was read twice.
 _without_md5: set[str] = set()
-
-
-class WrongAnswer(ConnectionError):
-    """The storage gave other bytes than the file holds: another reading may give the right ones."""
 
 
 class ShardChanged(StorageError):
@@ -103,20 +99,26 @@ def read_entries(
     StorageError
         If the storage fails for too long or the shard has changed. Another try reads from the start and yields what
         follows what was yielded before.
+    WrongAnswer
+        If the storage gave other bytes than the shard holds and some may be in what was yielded: read it again.
     """
     done, entries = 0, None
 
-    def following() -> Entry | None:
+    def following() -> Entry | WrongAnswer | None:
         nonlocal entries
         if entries is None:
             entries = itertools.islice(_entries(shard, labels, end, max_image_bytes), done, None)
         try:
             return next(entries, None)
-        except OSError:
+        except OSError as error:
             entries = None  # from the start
+            if isinstance(error, WrongAnswer) and done:
+                return error
             raise
 
     while (entry := retrying(shard.url, following)) is not None:
+        if isinstance(entry, WrongAnswer):
+            raise entry
         yield entry
         done += 1
 

@@ -19,6 +19,7 @@ from pipelines.corpus.shardlist import evenly
 from pipelines.corpus.shards import read_entries
 from pipelines.runs.progress import Progress
 from pipelines.runs.record import Shard
+from pipelines.runs.retries import retrying
 from pipelines.runs.tasks import in_order
 
 CPUS_PER_SHARD = 0.5  # reading waits for the store half of the time
@@ -107,6 +108,10 @@ class Findings:
 
 def validate_shard(number: int, shard: Shard, check: Check) -> Findings:
     """Ray task: what is in one shard."""
+    return retrying(shard.url, lambda: _validated(number, shard, check))
+
+
+def _validated(number: int, shard: Shard, check: Check) -> Findings:
     found, end = Findings(), {}
     shard = dataclasses.replace(shard, image=check.image)
     for entry in read_entries(shard, LabelSource(check.label, check.class_names, member=check.label_member), end):

@@ -37,6 +37,7 @@ from pipelines.runs.errors import StageFailed
 from pipelines.runs.isolated import IsolatedWorker
 from pipelines.runs.progress import Progress
 from pipelines.runs.record import Run, Shard
+from pipelines.runs.retries import retrying
 from pipelines.runs.tasks import in_order
 
 RETRIES = 3  # of a task or an actor whose process dies
@@ -179,7 +180,14 @@ def finished(run: Run, stage: Stage, pending: Sequence[int]) -> Iterator[dict[st
 
 
 def write_file(worker: Worker, task: Task, run_uri: str, group: str) -> dict[str, Any]:
-    """Have a worker do one shard, and write its file; what the driver is told of it, seconds of writing among it."""
+    """Have a worker do one shard, and write its file; what the driver is told of it, seconds of writing among it.
+
+    From the start where it comes out in the end that the storage gave wrong bytes.
+    """
+    return retrying(task.entry.url, lambda: _written(worker, task, run_uri, group))
+
+
+def _written(worker: Worker, task: Task, run_uri: str, group: str) -> dict[str, Any]:
     started, output = time.perf_counter(), worker.run(task)
     tables = _Timed([output.tables] if isinstance(output.tables, pa.Table) else output.tables)
     facts = _Told(task.source, output.facts)

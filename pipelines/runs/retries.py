@@ -70,6 +70,10 @@ _MOUNTED = (errno.EIO, errno.ESTALE, errno.EREMOTEIO, errno.EAGAIN)  # of a moun
 _BODILESS = re.compile(r"HTTP status 40[03]|ACCESS_DENIED")
 
 
+class WrongAnswer(ConnectionError):
+    """The storage gave other bytes than the file holds: another reading may give the right ones."""
+
+
 class StorageError(OSError):
     """The storage failed, not the data: never a reason to leave a sample out. One line; it says what would do."""
 
