@@ -5,6 +5,7 @@ after every epoch. Scoring reads each shard's images once for all members and ep
 """
 
 import dataclasses
+import functools
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -16,7 +17,7 @@ import torch
 from ops.confusion import epoch_entropies
 from ops.models import Classifier, build_classifier
 from pipelines.confusion.members import Member, Placement, commit_epoch, load_epoch, train_members
-from pipelines.evaluation.predict import Forward, input_batches
+from pipelines.evaluation.predict import Forward, input_batches, shard_outputs
 from pipelines.runs import cluster, column_groups, columns, storage
 from pipelines.runs.errors import StageFailed
 from pipelines.runs.record import Run
@@ -141,21 +142,23 @@ class NetworkScorer:
         for chunk in self.chunks:
             networks = self.resident or self._load(chunk)
             batches = input_batches(shard, run.shards[shard], run_uri, rows, self.template, forward)
-            for found, batch in batches:
-                entropies[np.searchsorted(rows, found), chunk.start : chunk.stop] = self._entropies(networks, batch)
-        if np.isnan(entropies).any():
-            lost = rows[np.isnan(entropies).any(axis=1)][0]
-            raise StageFailed(f"shard {run.shards[shard].url} no longer holds the image of row {lost}; embed it again")
+            found = shard_outputs(
+                run.shards[shard],
+                rows,
+                batches,
+                functools.partial(self._entropies, networks),
+                self.device,
+                (len(chunk),),
+            )
+            entropies[:, chunk.start : chunk.stop] = found
         yield keys, entropies
 
-    @torch.inference_mode()
-    def _entropies(self, networks: list[list[Classifier]], batch: torch.Tensor) -> np.ndarray:
-        batch = batch.to(self.device)
+    def _entropies(self, networks: list[list[Classifier]], batch: torch.Tensor) -> torch.Tensor:
         parts = []
         for members in networks:  # one epoch at a time: (n, 1, M, K) logits
             logits = torch.stack([network(batch).float() for network in members], dim=1)
             parts.append(epoch_entropies(logits[:, None]))
-        return torch.cat(parts, dim=1).cpu().numpy()
+        return torch.cat(parts, dim=1)
 
     def _load(self, chunk: range) -> list[list[Classifier]]:
         with ThreadPoolExecutor(16) as pool:

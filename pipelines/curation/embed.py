@@ -15,7 +15,7 @@ from pipelines.corpus.shards import shard_digest
 from pipelines.curation.workers import STEPS, Resources
 from pipelines.runs import column_groups, columns
 from pipelines.runs.errors import StageFailed
-from pipelines.runs.executor import Pool, Stage, Worker, finished
+from pipelines.runs.executor import Pool, Stage, Worker, write_shards
 from pipelines.runs.record import CorpusConfig, Run, fingerprints
 from pipelines.runs.tasks import in_order
 
@@ -92,7 +92,7 @@ def embed_shards(run: Run, pending: list[int], resources: Resources) -> Iterator
         pool=Pool(resources.workers, resources.cpus_per_worker, resources.gpus_per_worker),
         limit_s=resources.sample_limit_s,
     )
-    yield from finished(run, stage, pending)
+    yield from write_shards(run, stage, pending)
 
 
 def make_embedder(config: CorpusConfig, resources: Resources, run_uri: str | None) -> Worker:

@@ -19,7 +19,7 @@ from pipelines.curation.embedded import Embedded, iter_embedded, scores_of
 from pipelines.curation.fit import load_gaussians
 from pipelines.runs import column_groups, columns, storage
 from pipelines.runs.errors import UserError
-from pipelines.runs.executor import Output, Stage, Task, finished
+from pipelines.runs.executor import Output, Stage, Task, write_shards
 from pipelines.runs.labels import Which, label_sources
 from pipelines.runs.record import Run, fingerprint
 from pipelines.runs.tasks import in_order, merged_parts
@@ -232,7 +232,7 @@ def score(
     gpus = 1 if device == "cuda" else 0
     arguments, rows = (run.uri, scorer, fingerprint(columns.DIFFICULTY, *how)), [f["rows"] for f in facts]
     stage = Stage("score", columns.DIFFICULTY, sources, ScoreShards, arguments, rows=rows, num_gpus=gpus)
-    for _ in finished(run, stage, pending):
+    for _ in write_shards(run, stage, pending):
         pass
     counts = {
         "rows": sum(rows),

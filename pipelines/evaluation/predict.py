@@ -4,9 +4,8 @@ The samples are the rows of `embeddings/`, so that quarantined ones never appear
 """
 
 import dataclasses
-import time
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -19,8 +18,8 @@ from pipelines.evaluation.calibrate import calibrator_of, classifier_digest
 from pipelines.evaluation.outcomes import PREDICTIONS, Calibrator, calibrated, predictions_schema
 from pipelines.runs import column_groups, columns
 from pipelines.runs.errors import StageFailed, UserError
+from pipelines.runs.executor import Output, Stage, Task, execute
 from pipelines.runs.record import Run, Shard, fingerprint
-from pipelines.runs.tasks import write_shards
 from pipelines.training.decode import PictureDecoder
 
 
@@ -79,7 +78,7 @@ def predict(
     Returns
     -------
     counts : dict
-        rows, shards_done, shards_skipped, seconds, calibration (its name or None), checkpoint_digest.
+        rows, shards_done, shards_skipped, seconds, checkpoint, calibration (its name or None), checkpoint_digest.
 
     Raises
     ------
@@ -90,43 +89,38 @@ def predict(
     """
     columns.check_name("name", name)
     check_fits(run, model)
-    started = time.monotonic()
     forward = forward or Forward(max_pixels=run.config.max_pixels)
     method, calibrator = (None, None) if raw else calibrator_of(model.extra)
     digest = classifier_digest(model)
     facts = {"checkpoint": checkpoint, "checkpoint_digest": digest, "calibration": method}
     embedded = run.embedding_facts()
     state = None if calibrator is None else calibrator.to_dict()
-    sources = [fingerprint(PREDICTIONS, f["source"], digest, state) for f in embedded]
-    group = f"{PREDICTIONS}/{name}"
-    items = [(shard, sources[shard], run.shards[shard]) for shard in column_groups.pending(run.uri, group, sources)]
-    shared = (run.uri, group, model, calibrator, forward, facts)
-    gpus = 1 if forward.device == "cuda" else 0
-    counts = write_shards(f"predict {name}", predict_shard, items, *shared, embedded=embedded, num_gpus=gpus)
-    counts |= {"seconds": time.monotonic() - started, "calibration": method, "checkpoint_digest": digest}
-    if items or run.stage(f"predict/{name}") is None:
-        run.finish_stage(f"predict/{name}", **counts, checkpoint=checkpoint)
-    return counts
+    stage = Stage(
+        f"predict/{name}",
+        f"{PREDICTIONS}/{name}",
+        [fingerprint(PREDICTIONS, f["source"], digest, state) for f in embedded],
+        PredictShards,
+        (run.uri, model, calibrator, forward, facts),
+        rows=[f["rows"] for f in embedded],
+        num_gpus=1 if forward.device == "cuda" else 0,
+    )
+    return execute(run, stage, **facts)
 
 
-def predict_shard(
-    shard: int,
-    source: str,
-    entry: Shard,
-    run_uri: str,
-    group: str,
-    model: Classifier,
-    calibrator: Calibrator | None,
-    forward: Forward,
-    facts: dict,
-) -> int:
-    """Ray task: write one shard's predictions; returns its rows."""
-    base = column_groups.read(run_uri, columns.EMBEDDINGS, shard, [f.name for f in columns.KEYS] + ["label"])
-    logits = shard_forward(shard, entry, run_uri, base["row"].to_numpy(), model, forward)
-    logits = calibrated(logits, calibrator).astype(np.float32)
-    table = prediction_table(base, logits)
-    column_groups.write(run_uri, group, shard, table, source, **facts)
-    return table.num_rows
+class PredictShards:
+    """The predictions of a shard: `pipelines.runs.executor`'s worker."""
+
+    def __init__(
+        self, run_uri: str, model: Classifier, calibrator: Calibrator | None, forward: Forward, facts: dict[str, Any]
+    ):
+        self.run_uri, self.model, self.calibrator = run_uri, model, calibrator
+        self.forward, self.facts = forward, facts
+
+    def run(self, task: Task) -> Output:
+        names = [*(field.name for field in columns.KEYS), "label"]
+        base = column_groups.read(self.run_uri, columns.EMBEDDINGS, task.shard, names)
+        logits = shard_forward(task.shard, task.entry, self.run_uri, base["row"].to_numpy(), self.model, self.forward)
+        return Output(prediction_table(base, calibrated(logits, self.calibrator).astype(np.float32)), self.facts)
 
 
 def prediction_table(base: pa.Table, logits: np.ndarray) -> pa.Table:
@@ -144,16 +138,34 @@ def shard_forward(
     shard: int, entry: Shard, run_uri: str, rows: np.ndarray, model: Classifier, forward: Forward
 ) -> np.ndarray:
     """Logits (n, K) float32 of the samples `rows` of a shard, in that order."""
-    torch.set_num_threads(1)
     model = model.to(forward.device).eval()
-    found, parts = [], [np.zeros((0, model.num_classes), np.float32)]
-    for at, batch in input_batches(shard, entry, run_uri, rows, model, forward):
-        with torch.inference_mode():
-            parts.append(model(batch.to(forward.device)).float().cpu().numpy())
-        found.append(at)
-    seen = np.concatenate(found) if found else np.zeros(0, np.int64)
-    if not np.array_equal(seen, rows):
-        lost = np.setdiff1d(rows, seen)
+    batches = input_batches(shard, entry, run_uri, rows, model, forward)
+    return shard_outputs(entry, rows, batches, model, forward.device, (model.num_classes,))
+
+
+def shard_outputs(
+    entry: Shard,
+    rows: np.ndarray,
+    batches: Iterable[tuple[np.ndarray, torch.Tensor]],
+    compute: Callable[[torch.Tensor], torch.Tensor],
+    device: str,
+    shape: tuple[int, ...] = (),
+) -> np.ndarray:
+    """What `compute` makes of the samples `rows` (n,) of a shard, (n, *shape) float32; `batches` as of `input_batches`.
+
+    Raises
+    ------
+    StageFailed
+        If the shard no longer holds one of them.
+    """
+    torch.set_num_threads(1)
+    seen, parts = [np.zeros(0, np.int64)], [np.zeros((0, *shape), np.float32)]
+    with torch.inference_mode():
+        for at, batch in batches:
+            parts.append(compute(batch.to(device)).float().cpu().numpy())
+            seen.append(at)
+    if not np.array_equal(np.concatenate(seen), rows):
+        lost = np.setdiff1d(rows, np.concatenate(seen))
         raise StageFailed(
             f"shard {entry.url} no longer holds the image of row {lost[0] if len(lost) else '?'}; embed it again. "
             "Finished shards are kept"

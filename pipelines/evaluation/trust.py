@@ -22,11 +22,12 @@ from ops.trust import TRUST_LOSSES, signed_distance, steep_slope, tcp, trust_cro
 from pipelines.evaluation.calibrate import classifier_digest
 from pipelines.evaluation.detection import TRUST, trust_schema
 from pipelines.evaluation.outcomes import PredictionSet, labelled_logits, open_predictions
-from pipelines.evaluation.predict import Forward, check_fits, input_batches, shard_forward
+from pipelines.evaluation.predict import Forward, check_fits, input_batches, shard_forward, shard_outputs
 from pipelines.runs import cluster, column_groups, columns
 from pipelines.runs.errors import UserError, concerning
+from pipelines.runs.executor import Output, Stage, Task, write_shards
 from pipelines.runs.record import Run, Shard, fingerprint
-from pipelines.runs.tasks import in_order, write_shards
+from pipelines.runs.tasks import in_order
 from pipelines.training.checkpoints import read_classifier
 from pipelines.training.ingest import Loader
 from pipelines.training.source import Source
@@ -281,26 +282,23 @@ def oracle_outputs(
     shard: int, entry: Shard, run_uri: str, rows: np.ndarray, oracle: Oracle, forward: Forward
 ) -> np.ndarray:
     """z (n,) float32 of the samples `rows` of a shard."""
-    torch.set_num_threads(1)
     oracle = oracle.to(forward.device).eval()
-    seen, parts = [np.zeros(0, np.int64)], [np.zeros(0, np.float32)]
-    with torch.inference_mode():
-        for at, batch in input_batches(shard, entry, run_uri, rows, oracle, forward):
-            parts.append(oracle(batch.to(forward.device)).float().cpu().numpy())
-            seen.append(at)
-    assert np.array_equal(np.concatenate(seen), rows), f"shard {shard}: the inputs are not those of its rows"
-    return np.concatenate(parts)
+    batches = input_batches(shard, entry, run_uri, rows, oracle, forward)
+    return shard_outputs(entry, rows, batches, oracle, forward.device)
 
 
-def write_trust_shard(
-    shard: int, source: str, entry: Shard, run_uri: str, group: str, oracle: Oracle, forward: Forward, facts: dict
-) -> int:
-    """Ray task: write one shard's trust column; returns its rows."""
-    base = column_groups.read(run_uri, columns.EMBEDDINGS, shard, [field.name for field in columns.KEYS])
-    z = oracle_outputs(shard, entry, run_uri, base["row"].to_numpy(), oracle, forward)
-    table = base.append_column("trust", pa.array(z)).append_column("trusted", pa.array(z > 0))
-    column_groups.write(run_uri, group, shard, table.cast(trust_schema()), source, **facts)
-    return table.num_rows
+class TrustShards:
+    """The trust columns of a shard: `pipelines.runs.executor`'s worker."""
+
+    def __init__(self, run_uri: str, oracle: Oracle, forward: Forward, facts: dict):
+        self.run_uri, self.oracle, self.forward, self.facts = run_uri, oracle, forward, facts
+
+    def run(self, task: Task) -> Output:
+        base = column_groups.read(self.run_uri, columns.EMBEDDINGS, task.shard, [f.name for f in columns.KEYS])
+        rows = base["row"].to_numpy()
+        z = oracle_outputs(task.shard, task.entry, self.run_uri, rows, self.oracle, self.forward)
+        table = base.append_column("trust", pa.array(z)).append_column("trusted", pa.array(z > 0))
+        return Output(table.cast(trust_schema()), self.facts)
 
 
 def trust(
@@ -415,8 +413,14 @@ def _sources(run: Run, recipe: str) -> list[str]:
 
 
 def _write(run: Run, name: str, recipe: str, oracle: Oracle, forward: Forward, facts: dict) -> None:
-    group, sources = f"{TRUST}/{name}", _sources(run, recipe)
-    items = [(shard, sources[shard], run.shards[shard]) for shard in column_groups.pending(run.uri, group, sources)]
-    shared, gpus = (run.uri, group, oracle, forward, facts), 1 if forward.device == "cuda" else 0
-    embedded = run.embedding_facts()
-    write_shards(f"trust {name}", write_trust_shard, items, *shared, embedded=embedded, num_gpus=gpus)
+    stage = Stage(
+        f"trust/{name}",
+        f"{TRUST}/{name}",
+        _sources(run, recipe),
+        TrustShards,
+        (run.uri, oracle, forward, facts),
+        rows=[f["rows"] for f in run.embedding_facts()],
+        num_gpus=1 if forward.device == "cuda" else 0,
+    )
+    for _ in write_shards(run, stage, column_groups.pending(run.uri, stage.group, stage.sources)):
+        pass

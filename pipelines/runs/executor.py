@@ -150,7 +150,7 @@ def execute(run: Run, stage: Stage, **entry: Any) -> dict[str, Any]:
     """
     started = time.monotonic()
     pending = column_groups.pending(run.uri, stage.group, stage.sources)
-    for _ in finished(run, stage, pending):
+    for _ in write_shards(run, stage, pending):
         pass
     rows = stage.rows or [f["rows"] for f in column_groups.all_facts(run.uri, stage.group, len(stage.sources))]
     counts = {
@@ -165,7 +165,7 @@ def execute(run: Run, stage: Stage, **entry: Any) -> dict[str, Any]:
     return counts
 
 
-def finished(run: Run, stage: Stage, pending: Sequence[int]) -> Iterator[dict[str, Any]]:
+def write_shards(run: Run, stage: Stage, pending: Sequence[int]) -> Iterator[dict[str, Any]]:
     """Do some shards; yield {shard, rows, left_out, notes…} as their files are in place, in any order, with progress."""
     shards = run.shards
     tasks = [Task(shard, shards[shard], stage.sources[shard]) for shard in pending]

@@ -10,7 +10,6 @@ are the same: `in_order` begins here, and hands over to Ray as soon as what is l
 import functools
 import itertools
 import time
-import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -18,11 +17,9 @@ from typing import TYPE_CHECKING, Any
 from threadpoolctl import threadpool_limits
 
 from pipelines.runs import cluster
-from pipelines.runs.errors import StageFailed
-from pipelines.runs.progress import Progress
 
 if TYPE_CHECKING:
-    import ray
+    pass
 
 WINDOW = 4  # tasks in flight per core: enough to hide scheduling, few enough to bound what waits in memory
 # Seconds of work that are done here rather than wait for Ray: its start and its workers' imports, or the imports alone.
@@ -84,81 +81,6 @@ def _by_tasks(
             yield ray.get(waiting.popleft())
     while waiting:
         yield ray.get(waiting.popleft())
-
-
-def map_actors(
-    dataset: "ray.data.Dataset",
-    actor: type,
-    arguments: tuple,
-    *,
-    workers: int,
-    num_cpus: float,
-    num_gpus: float,
-    **batches: Any,
-) -> "ray.data.Dataset":
-    """A dataset through a pool of actors, each of which is made with `arguments`; `batches` as for `map_batches`."""
-    from ray.data import ActorPoolStrategy
-    from ray.util.annotations import RayDeprecationWarning
-
-    with warnings.catch_warnings():
-        # Ray 2.60 deprecates the last two arguments and has no other way yet to bound restarts.
-        warnings.simplefilter("ignore", RayDeprecationWarning)
-        return dataset.map_batches(
-            actor,
-            fn_constructor_args=arguments,
-            compute=ActorPoolStrategy(size=workers),
-            num_cpus=num_cpus,
-            num_gpus=num_gpus,
-            # A row that kills its process would otherwise restart the actor for ever.
-            max_restarts=2,
-            max_task_retries=2,
-            **batches,
-        )
-
-
-def write_shards(
-    stage: str,
-    write: Callable[..., int],
-    items: Sequence[tuple],
-    *shared: Any,
-    embedded: Sequence[dict[str, Any]],
-    num_gpus: float = 0,
-) -> dict[str, int]:
-    """Write the files of a stage that are missing or old, one task each, and say how it goes.
-
-    Parameters
-    ----------
-    stage : str
-        As it is named in the progress and in an error.
-    write : callable
-        `write(shard, …, *shared)` writes one shard's file and returns its rows.
-    items : sequence of tuple
-        What `write` gets for each pending shard, the shard's number first.
-    embedded : sequence of dict
-        `Run.embedding_facts()`: each file must have as many rows.
-    num_gpus : float
-        Of each task.
-
-    Returns
-    -------
-    counts : dict
-        rows (of all shards), shards_done, shards_skipped.
-
-    Raises
-    ------
-    StageFailed
-        If a file has other rows than the shard's embeddings.
-    """
-    progress = Progress(stage, len(items), skipped=len(embedded) - len(items))
-    for (shard, *_), rows in zip(items, in_order(write, items, *shared, num_gpus=num_gpus)):
-        if rows != embedded[shard]["rows"]:
-            raise StageFailed(f"{stage}: {rows} rows for the {embedded[shard]['rows']} embeddings of shard {shard}")
-        progress.shard(rows)
-    return {
-        "rows": sum(facts["rows"] for facts in embedded),
-        "shards_done": len(items),
-        "shards_skipped": len(embedded) - len(items),
-    }
 
 
 def merged_parts(

@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import json
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -26,9 +26,9 @@ from pipelines.corpus.shards import iter_images
 from pipelines.curation.subsets import check_subset
 from pipelines.runs import column_groups, columns, storage
 from pipelines.runs.errors import StageFailed, UserError, concerning
+from pipelines.runs.executor import Output, Stage, Task, write_shards
 from pipelines.runs.labels import label_sources
 from pipelines.runs.record import PRODUCTS, Run, fingerprint
-from pipelines.runs.tasks import in_order
 from pipelines.training.assess import EvaluationSet
 from pipelines.training.checkpoints import read_json, read_state
 from pipelines.training.groups import GroupRule, Resampling
@@ -492,26 +492,28 @@ def write_correctness(run: Run, plan: Plan, history: Any, group: str = CORRECTNE
     The frequency over training epochs, each sample judged as it was trained on (augmented, dropout on): Moon et al. 2020.
     """
     right, seen = (part.numpy() for part in history)
-    first = np.concatenate([[0], np.cumsum(plan.counts)])
-    items = [
-        (shard, right[first[shard] : first[shard + 1]], seen[first[shard] : first[shard + 1]])
-        for shard in range(len(plan.counts))
-    ]
-    for _ in in_order(_write_correctness, items, plan.source, group, plan.lineage["source"]):
+    made_from = plan.lineage["source"]
+    arguments = (plan.source, tuple(plan.counts), right, seen)
+    stage = Stage(group, group, [made_from] * len(plan.counts), CorrectnessShards, arguments)
+    for _ in write_shards(run, stage, range(len(plan.counts))):
         pass
-    entry = {"source": plan.lineage["source"], "out": plan.out, "epochs": int(seen.max())}
-    run.finish_stage(group, **entry)
+    run.finish_stage(group, source=made_from, out=plan.out, epochs=int(seen.max()))
 
 
-def _write_correctness(
-    shard: int, right: np.ndarray, seen: np.ndarray, source: Source, group: str, made_from: str
-) -> None:
-    """Ray task: one shard's file."""
-    table = column_groups.read(source.run_uri, columns.EMBEDDINGS, shard, ["key", "shard", "row"])
-    at = np.searchsorted(table["row"].to_numpy(), source.keys(shard)["row"].to_numpy())
-    fraction, epochs = np.full(table.num_rows, np.nan, np.float32), np.zeros(table.num_rows, np.int32)
-    fraction[at] = right / np.maximum(seen, 1)
-    epochs[at] = seen
-    table = table.append_column("correctness", pa.array(fraction, mask=epochs == 0))
-    table = table.append_column("epochs", pa.array(epochs))
-    column_groups.write(source.run_uri, group, shard, table.cast(CORRECTNESS_SCHEMA), made_from)
+class CorrectnessShards:
+    """The correctness columns of a shard: `pipelines.runs.executor`'s worker."""
+
+    def __init__(self, source: Source, counts: Sequence[int], right: np.ndarray, seen: np.ndarray):
+        self.source, self.right, self.seen = source, right, seen
+        self.first = np.concatenate([[0], np.cumsum(counts)])
+
+    def run(self, task: Task) -> Output:
+        mine = slice(*self.first[task.shard : task.shard + 2])
+        right, seen = self.right[mine], self.seen[mine]
+        table = column_groups.read(self.source.run_uri, columns.EMBEDDINGS, task.shard, ["key", "shard", "row"])
+        at = np.searchsorted(table["row"].to_numpy(), self.source.keys(task.shard)["row"].to_numpy())
+        fraction, epochs = np.full(table.num_rows, np.nan, np.float32), np.zeros(table.num_rows, np.int32)
+        fraction[at] = right / np.maximum(seen, 1)
+        epochs[at] = seen
+        table = table.append_column("correctness", pa.array(fraction, mask=epochs == 0))
+        return Output(table.append_column("epochs", pa.array(epochs)).cast(CORRECTNESS_SCHEMA))
