@@ -3,20 +3,7 @@
 A stage is the column group it writes, the source of each shard's file, and a worker: a class that sets up once what
 every shard needs (a model, Gaussians) and whose `run(task)` turns one shard into tables and facts. `execute` does the
 rest for all stages: pending shards -> workers -> the file written whole by the worker -> counts reconciled -> progress
--> the stage's record.
-
-    class Norms:
-        def __init__(self, run_uri):
-            self.run_uri = run_uri
-
-        def run(self, task):
-            table = column_groups.read(self.run_uri, "embeddings", task.shard)
-            norms = np.linalg.norm(columns.vectors(table["embedding"]), axis=1)
-            return Output(table.select(["key", "shard", "row"]).append_column("norm", pa.array(norms)))
-
-    facts = run.embedding_facts()
-    sources = [fingerprint("norms", f["source"]) for f in facts]
-    counts = execute(run, Stage("norms", "norms", sources, Norms, (run.uri,), rows=[f["rows"] for f in facts]))
+-> the stage's record. CONTRIBUTING.md has an example.
 
 Without a pool the shards are plain tasks, here or in Ray (`pipelines.runs.tasks.in_order`). With one they go through Ray
 Data actors, each of which keeps its worker. What travels is a shard's number and address; what comes back, a few

@@ -1,6 +1,8 @@
-"""One way to run a stage: the example of its page, and what happens to processes that die."""
+"""One way to run a stage: the example of CONTRIBUTING.md, and what happens to processes that die."""
 
+import importlib
 import os
+import re
 import signal
 import time
 from pathlib import Path
@@ -16,9 +18,14 @@ from pipelines.runs.isolated import InHand, IsolatedWorker, Suspects
 from pipelines.runs.record import Shard, fingerprint
 from tests.pipelines.synthetic import make_run
 
+ROOT = Path(__file__).parents[3]
+EXAMPLE = re.search(
+    r"```python\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text().partition("## A stage")[2], re.DOTALL
+)[1]
+
 
 class Norms:
-    """The example of `pipelines.runs.executor`."""
+    """As the example of CONTRIBUTING.md, in a module that other processes can import."""
 
     def __init__(self, run_uri):
         self.run_uri = run_uri
@@ -67,6 +74,16 @@ def check(run, features):
     for shard in range(3):
         read = column_groups.facts(run.uri, "norms", shard)
         assert read["embeddings"] == column_groups.facts(run.uri, "embeddings", shard)["source"]
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_the_example_of_contributing_works(tmp_path, monkeypatch):
+    (tmp_path / "norms_of_contributing.py").write_text(EXAMPLE)
+    monkeypatch.syspath_prepend(tmp_path)
+    run, features, _ = make_run(tmp_path)
+    counts = importlib.import_module("norms_of_contributing").write_norms(run)
+    assert (counts["rows"], counts["shards_done"]) == (100, 3)
+    check(run, features)
 
 
 @pytest.mark.usefixtures("work_in_ray")
