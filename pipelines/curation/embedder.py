@@ -122,6 +122,8 @@ class Embedder:
             "max_label": rows.max_label,
             "digest": end["digest"],
             "ends": end["ends"],
+            "rest_bytes": end["rest_bytes"],
+            "rest_samples": end["rest_samples"],
             "size": task.entry.size,
             "mtime_ns": task.entry.mtime_ns,
         }
