@@ -20,6 +20,7 @@ import torch
 from ops.decoding import ImageError, decode_image
 from ops.encoders import Encoder, load_encoder
 from ops.images import augment
+from pipelines.corpus.loss import READER_FACTS
 from pipelines.corpus.readahead import read_ahead
 from pipelines.corpus.samples import Entry, label_source
 from pipelines.corpus.shards import read_entries
@@ -120,10 +121,7 @@ class Embedder:
             "source": embedding_source(self.config, end["digest"]),
             "left_out": len(rows.bad),
             "max_label": rows.max_label,
-            "digest": end["digest"],
-            "ends": end["ends"],
-            "rest_bytes": end["rest_bytes"],
-            "rest_samples": end["rest_samples"],
+            **{name: end[name] for name in READER_FACTS},
             "size": task.entry.size,
             "mtime_ns": task.entry.mtime_ns,
         }
