@@ -11,7 +11,7 @@ import pytest
 from pipelines.corpus import packed
 from pipelines.corpus.pack import pack
 from pipelines.corpus.samples import LabelSource
-from pipelines.corpus.shards import expand_shards, read_shard
+from pipelines.corpus.shards import expand_shards, read_entries
 from pipelines.runs.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("ray_session")  # lazy: so little work stays in this process
@@ -39,12 +39,10 @@ def folders(tmp_path, make_image):
 def samples(out, label="cls"):
     """{image bytes: label} of all samples; each must be good."""
     found = {}
-    for number, shard in enumerate(expand_shards(str(out))):
-        for table in read_shard(number, shard, LabelSource(label)):
-            for row in table.to_pylist():
-                if row["end"] is None:
-                    assert row["reason"] is None
-                    found[row["image"]] = row["label"]
+    for shard in expand_shards(str(out)):
+        for entry in read_entries(shard, LabelSource(label), {}):
+            assert entry.reason is None
+            found[entry.image] = entry.label
     return found
 
 
@@ -111,10 +109,9 @@ def test_flat_folders(tmp_path, make_image):
     assert samples(tmp_path / "numbers") == dict(zip(images.values(), (7, 3, 3, 0)))
     words = [shard.url for shard in expand_shards(str(tmp_path / "words"))]
     assert packed.names_beside(words) == ("cat", "dog")
-    (table,) = read_shard(0, expand_shards(str(tmp_path / "words"))[0], LabelSource("cls"))
-    rows = [row for row in table.to_pylist() if row["end"] is None]
-    assert {row["key"]: row["label"] for row in rows} == {"0": 1, "1": 0, "2": 1, "3": None}
-    assert [row["reason"] for row in rows if row["key"] == "3"] == ["missing label: no cls member"]
+    entries = list(read_entries(expand_shards(str(tmp_path / "words"))[0], LabelSource("cls"), {}))
+    assert {entry.key: entry.label for entry in entries} == {"0": 1, "1": 0, "2": 1, "3": None}
+    assert [entry.reason for entry in entries if entry.key == "3"] == ["missing label: no cls member"]
 
 
 def parquet(path, images, labels, features=None, **options):
@@ -155,8 +152,8 @@ def test_labels_of_parquet_columns(tmp_path, make_image, labels, expected, class
     parquet(tmp_path / "t.parquet", images, labels)
     counts = pack(str(tmp_path / "t.parquet"), str(tmp_path / "out"), tell=quiet)
     assert counts["classes"] == classes
-    (table,) = read_shard(0, expand_shards(str(tmp_path / "out"))[0], LabelSource("none"))
-    assert [row["image"] for row in table.to_pylist()[:-1]] == images
+    entries = read_entries(expand_shards(str(tmp_path / "out"))[0], LabelSource("none"), {})
+    assert [entry.image for entry in entries] == images
     with tarfile.open(tmp_path / "out/shard-000000.tar") as tar:
         found = {n.partition(".")[0]: int(tar.extractfile(n).read()) for n in tar.getnames() if n.endswith(".cls")}
     assert list(found.values()) == [label for label in expected if label is not None]
@@ -166,8 +163,8 @@ def test_a_row_without_bytes_is_told_and_ends_in_quarantine(tmp_path, make_image
     parquet(tmp_path / "t.parquet", [make_image(0), None], [1, 0])
     counts = pack(str(tmp_path / "t.parquet"), str(tmp_path / "out"), tell=quiet)
     assert counts["without_bytes"] == 1
-    (table,) = read_shard(0, expand_shards(str(tmp_path / "out"))[0], LabelSource("cls"))
-    assert [(row["reason"] or "good").partition(":")[0] for row in table.to_pylist()[:-1]] == ["good", "missing image"]
+    entries = read_entries(expand_shards(str(tmp_path / "out"))[0], LabelSource("cls"), {})
+    assert [(entry.reason or "good").partition(":")[0] for entry in entries] == ["good", "missing image"]
 
 
 def test_what_cannot_be_packed_is_named(tmp_path, folders, make_image):
