@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import importlib.metadata
 import pathlib
 import sys
 from collections.abc import Sequence
@@ -38,6 +39,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not words or words[0] in ("-h", "--help"):
         print(usage())
         return 0 if words else 2
+    if words[0] == "--version":
+        print(f"hardset {importlib.metadata.version('hardset')}")
+        return 0
     name = words[0].replace("-", "_")
     if name not in COMMANDS:
         print(f"hardset: error: no command {words[0]!r}; there are {', '.join(COMMANDS)}", file=sys.stderr)
@@ -47,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def usage() -> str:
     """One line per command: the first of its module's docstring, read without importing it."""
-    lines = [__doc__ or "", "", "usage: hardset COMMAND [OPTIONS], hardset COMMAND --help", ""]
+    lines = [__doc__ or "", "", "usage: hardset COMMAND [OPTIONS], hardset COMMAND --help, hardset --version", ""]
     for name in COMMANDS:
         source = pathlib.Path(__file__).with_name(f"{name}.py").read_text(encoding="utf-8")
         lines.append(f"  {name:<10} {(ast.get_docstring(ast.parse(source)) or '').splitlines()[0]}")

@@ -13,6 +13,7 @@ from typing import Any
 from jobs.options import RunOptions, SessionOptions
 from pipelines.runs import cluster
 from pipelines.runs.errors import UserError
+from pipelines.runs.nested import flatten
 from pipelines.runs.retries import RETRY_VARIABLE
 
 # Read when Ray is imported, which therefore happens inside the functions below.
@@ -159,14 +160,3 @@ def _set_experiment(mlflow: Any, uri: str) -> None:
         with contextlib.suppress(mlflow.exceptions.MlflowException):  # another command made it meanwhile
             mlflow.create_experiment("hardset", artifact_location=folder.as_uri())
     mlflow.set_experiment("hardset")
-
-
-def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{'a': {'b': 1}} -> {'a.b': 1}."""
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            flat |= flatten(value, f"{prefix}{name}.")
-        else:
-            flat[f"{prefix}{name}"] = value
-    return flat

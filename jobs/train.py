@@ -279,7 +279,7 @@ def _settle(plan: "Plan", trainer: TrainerOptions) -> None:
 
 
 def _difference(before: dict[str, Any], now: dict[str, Any]) -> str:
-    from jobs.session import flatten
+    from pipelines.runs.nested import flatten
 
     before, now = flatten(before), flatten(json.loads(json.dumps(now)))
     for name, value in now.items():

@@ -11,6 +11,7 @@ import torch
 
 from ops.arrays import Array, as_tensor, is_tensor, to_numpy
 from ops.checks import check_count, check_labels, check_probabilities, check_shape
+from ops.moments import Moments
 
 BLOCK_VALUES = 1 << 20  # float64 values per temporary, 8 MiB
 
@@ -83,10 +84,8 @@ class ConfusionScore:
             raise ValueError(f"other: is over {other.num_samples} samples, this one over {self.num_samples}")
         merged = ConfusionScore(self.num_samples)
         merged._device = self._device or other._device
-        merged._epochs = self._epochs + other._epochs
-        step, share = other._mean - self._mean, other._epochs / np.maximum(merged._epochs, 1)
-        merged._mean = self._mean + step * share
-        merged._squares = self._squares + other._squares + step**2 * self._epochs * share
+        parts = (Moments(part._epochs, part._mean, part._squares) for part in (self, other))
+        merged._epochs, merged._mean, merged._squares = next(parts).merge(next(parts))
         return merged
 
     def score(self, rows: Array | None = None) -> Array:

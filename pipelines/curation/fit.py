@@ -20,6 +20,7 @@ import numpy as np
 from ops.arrays import on_device, to_numpy
 from ops.difficulty import Reference
 from ops.gaussian import Gaussians, GaussianStats
+from ops.moments import Moments
 from ops.ranks import RankSketch
 from ops.shrinkage_search import ShrinkageCurve, ShrinkageSearch
 from pipelines.curation import margins
@@ -39,7 +40,7 @@ CHOICE_TASK_ROWS = 8_192
 
 @dataclasses.dataclass
 class ReferenceSums:
-    """Count, mean, sum of squared deviations, minimum and maximum of rmd; merges exactly (Chan et al.)."""
+    """Moments, minimum and maximum of rmd."""
 
     count: int = 0
     mean: float = 0.0
@@ -48,24 +49,16 @@ class ReferenceSums:
     high: float = -np.inf
 
     def add(self, other: "ReferenceSums") -> "ReferenceSums":
-        count = self.count + other.count
         if not other.count:
             return self
-        step = other.mean - self.mean
-        return ReferenceSums(
-            count,
-            self.mean + step * other.count / count,
-            self.squares + other.squares + step**2 * self.count * other.count / count,
-            min(self.low, other.low),
-            max(self.high, other.high),
-        )
+        merged = Moments(self.count, self.mean, self.squares).merge(Moments(other.count, other.mean, other.squares))
+        return ReferenceSums(*merged, min(self.low, other.low), max(self.high, other.high))
 
     @classmethod
     def of(cls, rmd: np.ndarray) -> "ReferenceSums":
         if not len(rmd):
             return cls()
-        values = rmd.astype(np.float64)
-        return cls(len(values), values.mean(), ((values - values.mean()) ** 2).sum(), values.min(), values.max())
+        return cls(*Moments.of(rmd), *rmd.astype(np.float64)[[rmd.argmin(), rmd.argmax()]])
 
     def reference(self) -> Reference:
         return Reference(self.mean, float(np.sqrt(self.squares / self.count)), self.low, self.high)

@@ -176,7 +176,7 @@ class Pool:
             keys = (drawn * 2.0**32).astype(np.uint32)
         score = pa.array(values[0], mask=~np.isfinite(values[0]))
         chosen = pa.table({name: table[name] for name in ("key", "shard", "row")})
-        chosen = chosen.append_column("label", pa.array(labels, mask=labels < 0)).append_column("score", score)
+        chosen = chosen.append_column("label", columns.nullable(labels)).append_column("score", score)
         return Candidates(chosen.filter(pa.array(passed)), keys, groups), Tally(int(scored.sum()), int(passed.sum()))
 
 

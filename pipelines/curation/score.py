@@ -104,8 +104,8 @@ def _score_batch(part: Embedded, vote: np.ndarray | None, scorer: Scorer, schema
     if scorer.centers is not None:
         values["kmeans"] = kmeans_difficulty(part.features[:, 0], centers=scorer.centers)
     data = {name: part.batch[name] for name in ("key", "shard", "row")}
-    data["label"] = pa.array(part.labels, mask=part.labels < 0)
-    data |= {name: _nullable(value) for name, value in values.items()}
+    data["label"] = columns.nullable(part.labels)
+    data |= {name: columns.nullable(value) for name, value in values.items()}
     missing = pa.nulls(len(part.labels))
     return pa.table({field.name: data.get(field.name, missing.cast(field.type)) for field in schema}).cast(schema)
 
@@ -145,12 +145,6 @@ def _weight(rmd: np.ndarray, scorer: Scorer) -> np.ndarray:
         dim=scorer.gaussians.dim,
         reference=Reference(*reference),
     )
-
-
-def _nullable(values: np.ndarray) -> pa.Array:
-    """NaN, and a class of -1, mean that there is no such value: null in Arrow."""
-    missing = np.isnan(values) if values.dtype.kind == "f" else values < 0
-    return pa.array(values, mask=missing)
 
 
 def kmeans_centers(run: Run, k: int, seed: int = 0) -> np.ndarray:

@@ -180,4 +180,4 @@ class WriteLists:
         weight[there] = table["similarity"].combine_chunks().flatten().to_numpy()
         votes = vote(labels_of(self.run_uri, shard).labels, labels, weight)
         at = table.schema.get_field_index("vote")
-        return table.set_column(at, SCHEMA.field("vote"), pa.array(votes, mask=np.isnan(votes)))
+        return table.set_column(at, SCHEMA.field("vote"), columns.nullable(votes))

@@ -183,6 +183,12 @@ DECISIONS_SCHEMA = pa.schema(
 )
 
 
+def nullable(values: np.ndarray) -> pa.Array:
+    """Floats (n,), of which NaN means that there is no value, or indices (n,), of which -1 does: null in Arrow."""
+    missing = np.isnan(values) if values.dtype.kind == "f" else values < 0
+    return pa.array(values, mask=missing)
+
+
 def check_name(field: str, name: str) -> None:
     """A prediction set, a trust set or a subset is called as a folder can be; ValueError otherwise."""
     if not name or name != name.strip(". ") or any(c in name for c in "/\\:") or not name.isprintable():

@@ -25,7 +25,7 @@ def join(run_uri: str, shard: int, names: Iterable[str], labels: Which = "decide
     rows = base["row"].to_numpy()
     history = history_of(run_uri, shard, labels)
     decided = decided_labels(base, history).labels
-    base = base.set_column(3, columns.LABEL, pa.array(decided, mask=decided < 0))
+    base = base.set_column(3, columns.LABEL, columns.nullable(decided))
     wanted: dict[str, list[str]] = {}
     for full in names:
         group, name = columns.split_name(full)

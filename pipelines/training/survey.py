@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from ops.moments import Moments
 from pipelines.runs import column_groups, columns
 from pipelines.runs.errors import UserError
 from pipelines.runs.tasks import in_order
@@ -126,30 +127,19 @@ def check_trainable(found: Survey, classes: Sequence[str], rule: GroupRule | Non
 def moments(source: Source, width: int) -> tuple[np.ndarray, np.ndarray]:
     """Mean and standard deviation (d,) float32 of a source's embeddings, accumulated in float64; 1 of a feature that is constant."""
     shards = [(shard,) for shard in range(len(source.shards))]
-    count, mean, scatter = 0, np.zeros(width), np.zeros(width)
-    for n, part_mean, part_scatter in in_order(_moments_of_shard, shards, source, width):
-        if n:
-            # Chan et al. 1979: sums of squares around each part's own mean lose no digits.
-            delta = part_mean - mean
-            scatter += part_scatter + delta**2 * (count * n / (count + n))
-            mean += delta * (n / (count + n))
-            count += n
-    assert count, "moments of a source without samples"
-    deviation = np.sqrt(scatter / count)
+    whole = Moments.of(np.zeros((0, width)))
+    for part in in_order(_moments_of_shard, shards, source, width):
+        whole = whole.merge(part)
+    assert whole.count, "moments of a source without samples"
+    mean, deviation = whole.mean, whole.deviation
     return mean.astype(np.float32), np.where(deviation > 1e-6 * np.abs(mean), deviation, 1.0).astype(np.float32)
 
 
-def _moments_of_shard(shard: int, source: Source, width: int) -> tuple[int, np.ndarray, np.ndarray]:
-    """Ray task: number, mean and sum of squares around it of one shard's embeddings."""
+def _moments_of_shard(shard: int, source: Source, width: int) -> Moments:
+    """Ray task: the moments of one shard's embeddings."""
     wanted = source.keys(shard)["row"].to_numpy()
-    count, mean, scatter = 0, np.zeros(width), np.zeros(width)
+    found = Moments.of(np.zeros((0, width)))
     for batch in column_groups.iter_batches(source.run_uri, columns.EMBEDDINGS, shard, ["row", "embedding"]):
         keep = np.isin(batch["row"].to_numpy(), wanted, assume_unique=True)
-        x = columns.vectors(batch["embedding"])[keep].astype(np.float64)
-        if not len(x):
-            continue
-        delta = x.mean(axis=0) - mean
-        scatter += ((x - x.mean(axis=0)) ** 2).sum(axis=0) + delta**2 * (count * len(x) / (count + len(x)))
-        mean += delta * (len(x) / (count + len(x)))
-        count += len(x)
-    return count, mean, scatter
+        found = found.merge(Moments.of(columns.vectors(batch["embedding"])[keep]))
+    return found

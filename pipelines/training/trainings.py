@@ -2,12 +2,13 @@
 
 import dataclasses
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import PurePath
 from typing import Any
 
 from pipelines.runs import storage
 from pipelines.runs.errors import UserError
+from pipelines.runs.nested import flatten
 from pipelines.training.checkpoints import read_json
 
 METRICS = ("accuracy", "ece", "ece_mass", "nll", "worst_group_accuracy")
@@ -101,7 +102,7 @@ def _read(uri: str) -> Trained | None:
     record = read_json(storage.join(uri, "train.json"))
     if record is None:
         return None
-    settings = _flat(record["config"]) | {name: record.get(name) for name in ("run", "eval_run")}
+    settings = flatten(record["config"], leaf=_rule) | {name: record.get(name) for name in ("run", "eval_run")}
     result = read_json(storage.join(uri, "result.json"))
     curve = [] if result else read_json(storage.join(uri, "curve.json")) or []
     numbers = result or (next((curve[-1][n] for n in ("eval", "holdout") if n in curve[-1]), {}) if curve else {})
@@ -115,19 +116,9 @@ def _folders(uri: str) -> list[str]:
     return [folder for folder in folders if folder.rpartition("/")[0] == uri.rstrip("/")]
 
 
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{'a': {'b': 1}} -> {'a.b': 1}; a rule for groups as the text that it was given as."""
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        if isinstance(value, dict) and "quantiles" in value:
-            flat[prefix + name] = _rule(value)
-        elif isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{name}.")
-        else:
-            flat[prefix + name] = value
-    return flat
-
-
-def _rule(rule: dict[str, Any]) -> str:
+def _rule(rule: Mapping[str, Any]) -> str | None:
+    """A rule for groups as the text that it was given as; None for other settings."""
+    if "quantiles" not in rule:
+        return None
     cut = f"q{rule['quantiles']}" if rule["quantiles"] else ",".join(f"{edge:g}" for edge in rule["edges"])
     return f"{rule['column']}:{cut}" + (" by class" if rule["by_class"] else "")

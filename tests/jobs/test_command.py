@@ -1,6 +1,7 @@
 """Options, errors and exit status, as a person meets them."""
 
 import dataclasses
+import importlib.metadata
 import json
 import os
 import pickle
@@ -161,6 +162,11 @@ def test_usage_lists_every_command(capsys):
     out = capsys.readouterr().out
     assert all(f"  {name} " in out for name in hardset.COMMANDS)
     assert hardset.main(["no-such"]) == 2
+
+
+def test_the_version_is_told_without_importing_a_command(capsys):
+    assert hardset.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"hardset {importlib.metadata.version('hardset')}\n"
 
 
 def test_the_module_form_is_the_same():
