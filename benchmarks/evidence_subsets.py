@@ -1,7 +1,9 @@
 """What a subset is made of, what a classifier learns from it, and what it is worth as a benchmark.
 
     python benchmarks/evidence_subsets.py --cifar10 DIR --work WORK                      # make-up and training, four label sets
-    python benchmarks/evidence_subsets.py --cifar10 DIR --work WORK --benchmark RUN2 …   # test runs with predictions and confusion
+    python benchmarks/evidence_subsets.py --cifar10 DIR --work WORK --benchmark RUN RUN2     # subsets of the test images, judged
+
+RUN, RUN2: runs of another encoder over the training and the test images with clean labels, RUN2 scored with RUN's Gaussians.
 
 DIR holds CIFAR-10's images as JPEG, CIFAR-10N's label sets, features of one encoder and make_shards.py. WORK keeps what is made:
 shards of each label set, a run over them whose embeddings are these features, scored by `fit` and `score` with their defaults.
@@ -27,7 +29,7 @@ from jobs.session import ray_session
 from pipelines.corpus.shards import expand_shards
 from pipelines.curation import fit, rules, score
 from pipelines.curation.rules import Pool, Rule
-from pipelines.runs import column_groups, columns
+from pipelines.runs import column_groups, columns, storage
 from pipelines.runs.record import CorpusConfig, Run
 
 RESULTS = Path(__file__).with_name("subsets.md")
@@ -46,13 +48,14 @@ def main() -> None:
     parser.add_argument("--cifar10", required=True, type=Path)
     parser.add_argument("--work", required=True, type=Path)
     parser.add_argument("--where", default=TRUSTED, help="what makes a label trusted")
-    parser.add_argument("--benchmark", nargs="+", metavar="RUN2", help="judge subsets of these test runs instead")
+    parser.add_argument(
+        "--benchmark", nargs=2, metavar=("RUN", "RUN2"), help="judge subsets of the test images instead"
+    )
     options = parser.parse_args()
     torch.set_num_threads(1)
     if options.benchmark:
-        from evidence_benchmark import benchmark_section
-
-        replace_section(RESULTS, "benchmark", benchmark_section(options.benchmark, options.cifar10))
+        with ray_session(RunOptions(run=str(options.work))):
+            replace_section(RESULTS, "benchmark", benchmark_section(options))
         return
     clean = np.load(options.cifar10 / "cifar10_train.npz")["clean"].astype(np.int64)
     features = np.load(options.cifar10 / FEATURES)
@@ -66,32 +69,36 @@ def main() -> None:
         replace_section(RESULTS, "training", training_section(runs, features["train"], test, options.where))
 
 
-def scored_run(pack: Path, work: Path, labels: str) -> Run:
-    """A run over shards with one of the label sets, its embeddings the features of the pack; fitted and scored."""
-    shards = work / f"shards-{labels}"
+def scored_run(pack: Path, work: Path, labels: str, split: str = "train", like: Run | None = None) -> Run:
+    """A run over shards with one of the label sets, its embeddings the features of the pack; fitted, or `like` another, and scored."""
+    name = labels if split == "train" else split
+    shards = work / f"shards-{name}"
     if not shards.exists():
-        make = [sys.executable, str(pack / "make_shards.py"), "--split", "train", "--label", labels]
+        make = [sys.executable, str(pack / "make_shards.py"), "--split", split, "--label", labels]
         subprocess.run([*make, "--per-shard", str(PER_SHARD), "--out", str(shards)], check=True)
-    uri = str(work / f"run-{labels}")
+    uri = str(work / f"run-{name}")
     if not Run.exists(uri):
-        write_embeddings(uri, shards, pack, labels)
+        write_embeddings(uri, shards, pack, labels, split)
     run = Run.open(uri)
-    fit.fit(run)
+    if like is None:
+        fit.fit(run)
+    else:
+        fit.adopt(run, like)
     score.score(run, score.Weighting())
     return Run.open(uri)
 
 
-def write_embeddings(uri: str, shards: Path, pack: Path, labels: str) -> None:
+def write_embeddings(uri: str, shards: Path, pack: Path, labels: str, split: str) -> None:
     """The column group that `hardset embed` would write, from features that were computed elsewhere."""
-    values = np.load(pack / FEATURES)["train"].astype(np.float32)
-    given = np.load(pack / "cifar10_train.npz")[labels].astype(np.int64)
+    values = np.load(pack / FEATURES)[split].astype(np.float32)
+    given = np.load(pack / f"cifar10_{split}.npz")[labels].astype(np.int64)
     config = CorpusConfig(f"numpy:{FEATURES}", FEATURES, values.shape[1], "cls")
     run = Run.create(uri, config, expand_shards(str(shards)))
     schema = columns.embeddings_schema(values.shape[1], "float32", 1)
     for shard in range(len(run.shards)):
         rows = np.arange(shard * PER_SHARD, min(len(values), (shard + 1) * PER_SHARD))
         made = {
-            "key": [f"train_{row:08d}" for row in rows],
+            "key": [f"{split}_{row:08d}" for row in rows],
             "shard": np.full(len(rows), shard),
             "row": np.arange(len(rows)),
             "label": given[rows],
@@ -99,7 +106,9 @@ def write_embeddings(uri: str, shards: Path, pack: Path, labels: str) -> None:
         }
         known = pa.table({field.name: made.get(field.name, pa.nulls(len(rows), field.type)) for field in schema})
         facts = {"left_out": 0, "max_label": int(given[rows].max()), "digest": str(shard), "size": 0, "mtime_ns": 0}
-        column_groups.write(run.uri, columns.EMBEDDINGS, shard, known.cast(schema), f"{labels} {shard}", **facts)
+        column_groups.write(
+            run.uri, columns.EMBEDDINGS, shard, known.cast(schema), f"{split} {labels} {shard}", **facts
+        )
     run.finish_stage("embed", rows=len(values), left_out=0, seconds=0.0)
 
 
@@ -199,7 +208,11 @@ class Head:
             torch.nn.init.zeros_(parameter)
 
     def accuracy(self, index: np.ndarray, labels: np.ndarray) -> float:
-        """Fit on some images with these labels; the share of test images that it gets right."""
+        """The share of test images that a head gets right that was fitted on some images with these labels."""
+        return float(1 - self.wrong(index, labels).mean())
+
+    def wrong(self, index: np.ndarray, labels: np.ndarray) -> np.ndarray:
+        """Fit on some images with these labels; whether it is wrong about each test image."""
         x, y = self.x[torch.from_numpy(index)], torch.from_numpy(labels.astype(np.int64))
         parameters = list(self.layer.parameters())
         optimizer = torch.optim.LBFGS(
@@ -214,7 +227,91 @@ class Head:
 
         optimizer.step(loss)
         with torch.no_grad():
-            return float((self.layer(self.test[0]).argmax(dim=1).numpy() == self.test[1]).mean())
+            return self.layer(self.test[0]).argmax(dim=1).numpy() != self.test[1]
+
+
+def benchmark_section(options: argparse.Namespace) -> str:
+    """Error of four classifiers on subsets of the test images, and what people say of their labels."""
+    ours = scored_run(options.cifar10, options.work, "clean")
+    tests = {
+        "v2": scored_run(options.cifar10, options.work, "clean", "test", ours),
+        "v1": Run.open(options.benchmark[1]),
+    }
+    trains = {"v2": ours, "v1": Run.open(options.benchmark[0])}
+    wrong = {}
+    for encoder, train in trains.items():
+        features, test = (in_order_of_images(run) for run in (train, tests[encoder]))
+        head = Head(features[0], test)
+        wrong[f"linear, {encoder}"] = head.wrong(np.arange(len(features[0])), features[1])
+        wrong[f"MLP, {encoder}"] = mlp_wrong(head.x, features[1], *head.test)
+    names = list(wrong)
+    pack = np.load(options.cifar10 / "cifar10_test.npz")
+    agreed = pack["human_probs"][np.arange(len(pack["clean"])), pack["clean"]]
+    doubtful = np.zeros(len(agreed), bool)
+    doubtful[pack["label_errors"]] = True
+    rows = []
+    for chosen_by, drawn in test_subsets(tests, len(agreed), options.where).items():
+        errors = np.mean([[wrong[name][index].mean() for name in names] for index in drawn], axis=0)
+        ranks = errors.argsort().argsort() + 1
+        cells = [f"{100 * error:.1f} ({rank})" for error, rank in zip(errors, ranks)]
+        people = [
+            np.mean([agreed[index].mean() for index in drawn]),
+            np.mean([doubtful[index].sum() for index in drawn]),
+        ]
+        rows.append([chosen_by, f"{len(drawn[0]):,}", *cells, f"{100 * people[0]:.1f}", f"{people[1]:.0f}"])
+        print(" | ".join(rows[-1]), flush=True)
+    head = ["test images", "images", *names, "people who give the label", "label errors known"]
+    about = f"{datetime.date.today()}; error in percent and rank of classifiers trained on 50,000 clean images; people: CIFAR-10H, mean share of "
+    about += "47 to 63 people per image, in percent; label errors: 54 images of whose label at most two of five people are sure"
+    return f"{about}\n\n{table(head, rows)}"
+
+
+def test_subsets(tests: dict[str, Run], total: int, where: str) -> dict[str, list[np.ndarray]]:
+    """Numbers of the test images in each subset, several where it is drawn at random."""
+
+    def of(run: Run, rule: Rule) -> np.ndarray:
+        return index_of(chosen(run, rule))
+
+    found = {"all": [np.arange(total)]}
+    found["random tenth"] = [of(tests["v2"], Rule(BY, 0.1, random=True, seed=seed)) for seed in range(10)]
+    for encoder, run in tests.items():
+        found[f"hardest tenth by rmd, {encoder}"] = [of(run, Rule(BY, 0.1))]
+        found[f"hardest tenth of those with `{where}`, {encoder}"] = [of(run, Rule(BY, 0.1, where=where))]
+        if storage.exists(run.path("confusion")):
+            found[f"most confusing tenth, {encoder}"] = [of(run, Rule("confusion.confusion", 0.1))]
+    return found
+
+
+def in_order_of_images(run: Run) -> tuple[np.ndarray, np.ndarray]:
+    """Embeddings (n, d) and labels (n,) of a run, in CIFAR-10's order."""
+    parts = [column_groups.read(run.uri, columns.EMBEDDINGS, shard) for shard in range(len(run.shards))]
+    whole = pa.concat_tables([part.select(["key", "label", "embedding"]).replace_schema_metadata() for part in parts])
+    order = np.argsort(index_of(whole))
+    return columns.vectors(whole["embedding"])[order].astype(np.float32), columns.labels_or_minus_one(whole["label"])[
+        order
+    ]
+
+
+def mlp_wrong(
+    x: torch.Tensor, labels: np.ndarray, test: torch.Tensor, truth: np.ndarray, epochs: int = 10
+) -> np.ndarray:
+    """Whether an MLP with one hidden layer of 512, trained by AdamW, is wrong about each test image."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(x.shape[1], 512), torch.nn.ReLU(), torch.nn.Linear(512, 10))
+    steps = epochs * (len(x) // 256)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=1e-2)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    y = torch.from_numpy(labels)
+    for step in range(steps):
+        if step % (len(x) // 256) == 0:
+            order = torch.randperm(len(x))
+        at = order[step % (len(x) // 256) * 256 :][:256]
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(model(x[at]), y[at]).backward()
+        optimizer.step()
+        schedule.step()
+    with torch.no_grad():
+        return model(test).argmax(dim=1).numpy() != truth
 
 
 if __name__ == "__main__":
