@@ -261,8 +261,8 @@ def benchmark_section(options: argparse.Namespace) -> str:
         rows.append([chosen_by, f"{len(drawn[0]):,}", *cells, f"{100 * people[0]:.1f}", f"{people[1]:.0f}"])
         print(" | ".join(rows[-1]), flush=True)
     head = ["test images", "images", *names, "people who give the label", "label errors known"]
-    about = f"{datetime.date.today()}; error in percent and rank of classifiers trained on 50,000 clean images; people: CIFAR-10H, mean share of "
-    about += "47 to 63 people per image, in percent; label errors: 54 images of whose label at most two of five people are sure"
+    about = f"{datetime.date.today()}; error in percent and rank of heads trained on 50,000 clean images; people: CIFAR-10H, mean share "
+    about += "of 47 to 63 people per image, in percent; label errors: 54 images of whose label at most two of five people are sure"
     return f"{about}\n\n{table(head, rows)}"
 
 

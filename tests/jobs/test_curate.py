@@ -108,13 +108,14 @@ def test_the_whole_way(curated, copied, capsys):
     record = json.loads((run / "run.json").read_text())
     assert record["classes"] == ["0", "1", "2"]
     assert "rmd" in json.loads((run / "stages/score.json").read_text())["quantiles"]
-    assert (run / "stages/select/hard.json").exists() and "stages" not in record
+    assert "where difficulty.margin < 0" in json.loads((run / "stages/select/hard.json").read_text())["rule"]
+    assert "stages" not in record
 
 
 def test_stages_one_by_one_are_the_same_as_curate(tmp_path, curated):
     assert embed(arguments(curated / "shards", tmp_path / "run")) == 0
-    for stage in (fit, score, select):
-        assert stage(["--run", str(tmp_path / "run"), "--mlflow", "none"]) == 0
+    for stage, *more in ((fit,), (score,), (select, "--where", "difficulty.margin < 0")):
+        assert stage(["--run", str(tmp_path / "run"), "--mlflow", "none", *more]) == 0
     for name in ("embeddings/000001.parquet", "difficulty/000002.parquet", "subsets/hard/hard-000000.tar"):
         assert (tmp_path / "run" / name).read_bytes() == (curated / "run" / name).read_bytes(), name
 
