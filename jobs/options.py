@@ -2,9 +2,12 @@
 
 import dataclasses
 from collections.abc import Iterable
-from typing import Literal
+from typing import Literal, TypeVar
 
+from pipelines.curation.weighting import Weighting
 from pipelines.runs.errors import UserError
+
+Settings = TypeVar("Settings")
 
 
 def at_least(options: object, low: float, names: Iterable[str]) -> None:
@@ -13,6 +16,11 @@ def at_least(options: object, low: float, names: Iterable[str]) -> None:
         value = getattr(options, name)
         if value is not None and value < low:
             raise UserError(f"{value}: must be at least {low}", name)
+
+
+def part(options: object, kind: type[Settings]) -> Settings:
+    """The settings that a pipeline takes, out of options that are declared as these and more."""
+    return kind(**{field.name: getattr(options, field.name) for field in dataclasses.fields(kind)})
 
 
 def named(options: object, names: Iterable[str]) -> None:
@@ -144,26 +152,18 @@ class GaussianOptions:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class WeightOptions:
+class WeightOptions(Weighting):
     """The difficulty columns."""
 
-    temperature: float = 0.7
-    """T of eq. 10, above 0: smaller = the hardest stand out more"""
-    c: float = 1e-3
-    """c of eq. 10, above 0"""
-    scale: Literal["none", "per_dim", "standardize", "minmax"] = "per_dim"
-    """how rmd is scaled before eq. 10"""
     kmeans: int | None = None
     """also write the distance to the nearest of this many k-means centres (a number of clusters)"""
     seed: int = 0
     """seed of k-means, and of curate's --stratify and --random"""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         at_least(self, 1, ("kmeans",))
         at_least(self, 0, ("seed",))
-        for name in ("temperature", "c"):
-            if not getattr(self, name) > 0:
-                raise UserError(f"{getattr(self, name)}: must be above 0", name)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from jobs.command import say
-from jobs.options import CorpusOptions, GaussianOptions, RunOptions, SubsetOptions, WeightOptions, WorkerOptions
+from jobs.options import CorpusOptions, GaussianOptions, RunOptions, SubsetOptions, WeightOptions, WorkerOptions, part
 from jobs.session import Tracker
 from ops.hub import check_hub_answers
 from pipelines.corpus import moved as moving
@@ -254,7 +254,7 @@ def _bought(curve: dict[str, list], within: float, agnostic: float) -> str:
 
 def score(run: Run, weights: WeightOptions, workers: WorkerOptions) -> dict[str, Any]:
     """Write the difficulty columns."""
-    weighting = scoring.Weighting(weights.temperature, weights.c, weights.scale)
+    weighting = part(weights, scoring.Weighting)
     with run.lease(columns.DIFFICULTY):
         centers = None if weights.kmeans is None else scoring.kmeans_centers(run, weights.kmeans, weights.seed)
         counts = scoring.score(run, weighting, centers, array_device(workers))

@@ -17,6 +17,7 @@ from ops.ranks import RankSketch, RankTable
 from pipelines.curation import margins, votes
 from pipelines.curation.embedded import Embedded, iter_embedded, scores_of
 from pipelines.curation.fit import load_gaussians
+from pipelines.curation.weighting import Weighting
 from pipelines.runs import column_groups, columns, storage
 from pipelines.runs.errors import UserError
 from pipelines.runs.executor import Output, Stage, Task, write_shards
@@ -27,15 +28,6 @@ from pipelines.summary import group_summary
 
 KMEANS_FILE = "kmeans.npz"
 KMEANS_ROWS = 100_000
-
-
-@dataclasses.dataclass(frozen=True)
-class Weighting:
-    """How rmd becomes the weight of eq. 10."""
-
-    temperature: float = 0.7
-    c: float = 1e-3
-    scale: str = "per_dim"
 
 
 class Scorer(NamedTuple):
