@@ -276,7 +276,8 @@ def _square(part: Array) -> Array:
         product = part.T @ part
         if part.dtype == np.float32:
             squares = product.diagonal()
-            if bool((~(squares < np.inf) | ((squares < LEAST_SQUARES) & (part != 0).any(axis=0))).any()):
+            tiny = squares < LEAST_SQUARES  # or a feature that is 0 throughout
+            if not bool((squares < np.inf).all()) or (bool(tiny.any()) and bool((part[:, tiny] != 0).any())):
                 part = part.astype(np.float64)
                 product = part.T @ part
     return product
