@@ -5,7 +5,7 @@ import io
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from scipy.special import log_softmax
 from sklearn.covariance import oas
@@ -163,7 +163,11 @@ def awkward(draw):
     dtype = draw(st.sampled_from([np.float32, np.float64]))
     scale = 10.0 ** draw(st.integers(-20, 15))
     units = 10.0 ** rng.integers(-3, 4, d) if draw(st.booleans()) else 1.0
-    return (x * scale * units).astype(dtype), labels, classes
+    x = (x * scale * units).astype(dtype)
+    wide = x.astype(np.float64)
+    spread = np.stack([np.ptp(wide[labels == k], axis=0) for k in np.unique(labels)]).max(axis=0)
+    assume((spread > 0.01 * np.ptp(wide, axis=0)).any() and (spread > 1e-3 * np.abs(wide).max(axis=0)).any())
+    return x, labels, classes
 
 
 @settings(max_examples=300, deadline=None)
