@@ -205,6 +205,9 @@ def embed(run: Run, workers: WorkerOptions, corpus: CorpusOptions) -> dict[str, 
         f"embed: {counts['rows']:,} embeddings + {counts['left_out']:,} in quarantine, {counts['shards_done']} shards done, "
         f"{counts['shards_skipped']} skipped, {duration(counts['seconds'])}"
     )
+    if counts["rotated"]:
+        done = "applied" if run.config.exif == "apply" else "ignored: --exif apply turns them"
+        say(f"embed: {counts['rotated']:,} images carry an EXIF rotation, {done}")
     if counts["shards_done"]:
         say(f"time: {bottleneck(counts['seconds_by_step'], plan.workers, counts['seconds'])}")
     return counts

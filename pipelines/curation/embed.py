@@ -126,6 +126,7 @@ def _finish(
         "rows": rows,
         "left_out": left_out,
         "lost": {"certain": loss.certain, "estimated": loss.estimated, "bytes": loss.bytes},
+        "rotated": sum(f.get("rotated", 0) for f in facts),
         "shards_done": len(done),
         "shards_skipped": len(facts) - len(done),
         "seconds": elapsed,

@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from ops.decoding import ImageError, decode_image
+from ops.decoding import ImageError, decode_picture
 from ops.encoders import Encoder, load_encoder
 from ops.images import augment
 from pipelines.corpus.loss import READER_FACTS
@@ -59,6 +59,7 @@ class Piece(NamedTuple):
     samples: list[Sample]
     pictures: torch.Tensor | None
     seconds: float
+    rotated: int  # of the samples: how many their EXIF data turns, or would turn
 
 
 class Embedder:
@@ -121,6 +122,7 @@ class Embedder:
             "source": embedding_source(self.config, end["digest"]),
             "left_out": len(rows.bad),
             "max_label": rows.max_label,
+            "rotated": rows.rotated,
             **{name: end[name] for name in READER_FACTS},
             "size": task.entry.size,
             "mtime_ns": task.entry.mtime_ns,
@@ -143,9 +145,9 @@ class Embedder:
         for piece in self._pieces(entries):
             waiting.append(self.decoders.submit(self._decode, piece, shard, rows))
             if self.suspects.careful or len(waiting) > self.resources.decode_threads:
-                yield waiting.popleft().result()
+                yield rows.counted(waiting.popleft().result())
         while waiting:
-            yield waiting.popleft().result()
+            yield rows.counted(waiting.popleft().result())
 
     def _pieces(self, entries: Iterator[Entry]) -> Iterator[list[Entry]]:
         piece, size = [], 0
@@ -164,14 +166,16 @@ class Embedder:
 
     def _decode(self, piece: list[Entry], shard: int, rows: "Rows") -> Piece:
         started = time.perf_counter()
-        samples, pictures, prepared, pixels = [], [], [], 0
+        samples, pictures, prepared, pixels, rotated = [], [], [], 0, 0
         with self.in_hand.hold("decode", piece[0].row, piece[-1].row):
             for entry in piece:
                 try:
-                    picture = decode_image(entry.image, self.config.max_pixels, self.config.exif)
+                    decoded = decode_picture(entry.image, self.config.max_pixels, self.config.exif)
                 except ImageError as error:
                     rows.leave_out(entry.row, entry.key, entry.member, str(error))
                     continue
+                picture = torch.from_numpy(decoded.pixels).permute(2, 0, 1)
+                rotated += decoded.orientation != 1
                 samples.append(_sample(entry, picture))
                 views = range(1, self.config.views)
                 pictures += [picture, *(augment(picture, (shard, entry.row, view)) for view in views)]
@@ -184,7 +188,7 @@ class Embedder:
         whole = torch.cat(prepared) if len(prepared) > 1 else prepared[0] if prepared else None
         if whole is not None and self.resources.device == "cuda":
             whole = whole.pin_memory()
-        return Piece(samples, whole, time.perf_counter() - started)
+        return Piece(samples, whole, time.perf_counter() - started, rotated)
 
     def _batches(
         self, pieces: Iterable[Piece], seconds: dict[str, float]
@@ -310,7 +314,7 @@ class Rows:
     def __init__(self, shard: int, config: CorpusConfig, schema: pa.Schema):
         self.shard, self.config, self.schema = shard, config, schema
         self.bad: list[dict[str, Any]] = []
-        self.count, self.max_label = 0, None
+        self.count, self.max_label, self.rotated = 0, None, 0
         self._samples: list[Sample] = []
         self._vectors: list[np.ndarray] = []
         self._value = {"float16": pa.float16(), "float32": pa.float32()}[config.dtype]
@@ -318,6 +322,11 @@ class Rows:
     @property
     def waiting_bytes(self) -> int:
         return sum(part.nbytes for part in self._vectors)
+
+    def counted(self, piece: Piece) -> Piece:
+        """The same piece, once what was seen of its pictures is added up."""
+        self.rotated += piece.rotated
+        return piece
 
     def leave_out(self, row: int | None, key: str | None, member: str | None, reason: str) -> None:
         """Note a sample, or a shard's unreadable rest, and why."""

@@ -1,12 +1,14 @@
 """The embedding worker by itself: what it does to a shard, without Ray."""
 
 import hashlib
+import io
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from PIL import Image
 
 from ops.decoding import decode_image
 from ops.encoders import load_encoder
@@ -268,3 +270,15 @@ def test_memory_does_not_grow_with_the_shard(worker, task, make_image, monkeypat
     monkeypatch.setattr(embedder_module, "READ_AHEAD_BYTES", 10_000)
     sizes = [table.num_rows for table in worker().run(task([make_image(i % 7) for i in range(200)])).tables]
     assert sum(sizes) == 200 and max(sizes) <= 48
+
+
+def test_exif_rotations_are_counted_and_applied_only_where_asked(worker, task, make_image):
+    """A PNG of 20 × 30 pixels that its EXIF data turns, among two that say nothing."""
+    exif, turned = Image.Exif(), io.BytesIO()
+    exif[0x0112] = 6
+    Image.new("RGB", (20, 30), (200, 30, 10)).save(turned, "PNG", exif=exif.tobytes())
+    found = task([make_image(0, format="PNG"), turned.getvalue(), make_image(1, format="PNG")])
+    for choice, size in (("ignore", (20, 30)), ("apply", (30, 20))):
+        table, facts, _ = embedded(worker(exif=choice), found)
+        assert facts["rotated"] == 1
+        assert (table["width"][1].as_py(), table["height"][1].as_py()) == size
