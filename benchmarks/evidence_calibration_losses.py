@@ -30,7 +30,7 @@ from pipelines.evaluation.sidebyside import Question, draw, side_by_side, store_
 from pipelines.runs.record import Run
 from pipelines.training.loop import Recipe
 from pipelines.training.objective import LossChoice
-from pipelines.training.train import Choices
+from pipelines.training.plan import Choices
 
 # Name in folders and predictions -> name in tables, loss, the parameters to choose from.
 LOSSES = {

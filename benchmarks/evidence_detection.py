@@ -41,7 +41,7 @@ from pipelines.runs import column_groups, columns
 from pipelines.runs.record import Run
 from pipelines.training.loop import Recipe
 from pipelines.training.objective import LossChoice
-from pipelines.training.train import Choices
+from pipelines.training.plan import Choices
 
 
 def main() -> None:

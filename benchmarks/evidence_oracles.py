@@ -26,7 +26,7 @@ from pipelines.evaluation.trust import OracleTraining, trust
 from pipelines.runs.record import Run
 from pipelines.training.loop import Recipe
 from pipelines.training.objective import LossChoice
-from pipelines.training.train import Choices
+from pipelines.training.plan import Choices
 
 METRICS = ("fpr95", "aupr_error", "aupr_success", "auroc", "tpr", "tnr", "kl", "bhattacharyya")
 

@@ -31,7 +31,7 @@ from pipelines.runs.record import Run
 from pipelines.training.groups import GroupRule, Resampling
 from pipelines.training.loop import Plan, Recipe, Training, Workplace
 from pipelines.training.objective import LossChoice
-from pipelines.training.train import Choices, plan_training
+from pipelines.training.plan import Choices, plan_training
 
 WEIGHT = "difficulty.weight"
 RECIPES = {

@@ -22,7 +22,7 @@ from pipelines.runs import column_groups, columns, joins
 from pipelines.runs.record import Run
 from pipelines.training.loop import Plan, Recipe, train_classifier
 from pipelines.training.objective import LossChoice
-from pipelines.training.train import Choices, plan_training
+from pipelines.training.plan import Choices, plan_training
 
 ALPHA = 0.3  # Cui et al. 2023, for CIFAR
 WEIGHT = "difficulty.weight"

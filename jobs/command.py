@@ -58,6 +58,10 @@ class Command:
             options = self.parse(sys.argv[1:] if argv is None else list(argv))
         except SystemExit as exit_:  # argparse's way to end after --help or a mistake
             return int(exit_.code or 0)
+        try:
+            os.getcwd()
+        except FileNotFoundError:
+            return self._fail(2, "error: the working folder does not exist any more; change into one that does")
         # A job that is stopped gets SIGTERM: leave through the same door as Ctrl-C, so that Ray and MLflow are closed.
         before = signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
@@ -84,12 +88,17 @@ class Command:
             parser.error(_told(error))
 
     def _run(self, options: list[Any]) -> int:
+        from jobs import session, tracking
         from pipelines.runs.holder import COMMAND
         from pipelines.runs.retries import StorageError, waiting_for_storage
 
         COMMAND.set(f"hardset {self.name}")
+        session.set_environment()
         asked = next((g.storage_retry_s for g in options if getattr(g, "storage_retry_s", None) is not None), None)
         try:
+            for uri in (session.tracking_uri(group) for group in options if hasattr(group, "mlflow")):
+                if uri is not None:
+                    tracking.warm_up(uri)
             with waiting_for_storage(asked):
                 result = self.body(*options)
         except KeyboardInterrupt:
@@ -105,6 +114,8 @@ class Command:
             if isinstance(cause, (OSError, *_ray_errors("RayError"))) and not os.environ.get("HARDSET_TRACEBACK"):
                 return self._fail(1, f"{type(cause).__name__}: {cause}; finished shards are kept")
             raise
+        finally:
+            tracking.stop_spare()
         if any(getattr(group, "json", False) for group in options):
             print(credentials.redact(json.dumps(result, default=_plain)), flush=True)
         return self._fail(1, _with_flags(result["failed"])) if result.get("failed") else 0

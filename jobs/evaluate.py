@@ -86,22 +86,15 @@ def evaluate(options: RunOptions, asked: EvaluateOptions, calibration: Calibrate
     with run.lease("evaluation"), tracked("evaluate", options, asked, calibration) as tracker, ray_session(options):
         answer = sidebyside.side_by_side(run, question, other, fitted)
         sidebyside.show(answer, say)
-        drawn = sidebyside.draw(answer) if asked.figures or tracker.run_id else {}
+        drawn = sidebyside.draw(answer) if asked.figures or tracker.active else {}
         if asked.figures:
             paths = sidebyside.store_figures(run, drawn)
             say(f"figures: {len(paths)} PNG in {run.path('evaluation')}")
-        if tracker.run_id:
-            _log_figures(drawn)
+        for name, figure in drawn.items():
+            tracker.figure(figure, f"figures/{name}.png")
         tracker.metrics({name: evaluation.metrics for name, evaluation in answer.trusts.items()})
         tracker.metrics({evaluation.name: evaluation.metrics for evaluation in answer.found})
     return {"run": run.uri, "seconds": time.monotonic() - started} | answer.record
-
-
-def _log_figures(drawn: dict[str, Any]) -> None:
-    import mlflow
-
-    for name, figure in drawn.items():
-        mlflow.log_figure(figure, f"figures/{name}.png")
 
 
 COMMAND = Command("evaluate", __doc__, (RunOptions, EvaluateOptions, CalibrateOptions), evaluate)

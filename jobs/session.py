@@ -2,21 +2,24 @@
 
 import contextlib
 import dataclasses
-import logging
 import os
 import pathlib
+import signal
+import socket
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+import time
+import urllib.parse
+from collections.abc import Iterator
 from typing import Any
 
 from jobs.options import RunOptions, SessionOptions
-from pipelines.runs import cluster
-from pipelines.runs.errors import UserError
-from pipelines.runs.nested import flatten
+from jobs.tracking import Tracker
+from pipelines.runs import cluster, credentials
+from pipelines.runs.errors import StageFailed, UserError
 from pipelines.runs.retries import RETRY_VARIABLE
 
-# Read when Ray is imported, which therefore happens inside the functions below.
+# Read by Ray when it is imported, and by the processes that it starts.
 RAY_SETTINGS = {
     "RAY_DATA_LOG_LEVEL": "ERROR",  # else 29 lines per dataset
     "RAY_BACKEND_LOG_LEVEL": "fatal",  # else a warning per pool of actors
@@ -31,25 +34,34 @@ MLFLOW_SETTINGS = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3",  # a server that is not there is told after 15 s, not 4 min
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # with the password that its address may hold
 }
-for name, value in (RAY_SETTINGS | MLFLOW_SETTINGS).items():
-    os.environ.setdefault(name, value)
+# An empty one is meant as none; Ray and tempfile would take it at its word.
+NOT_EMPTY = ("RAY_ADDRESS", "RAY_TMPDIR", "RAY_NAMESPACE", "TMPDIR", "MLFLOW_TRACKING_URI")
+JOIN_S = 10.0  # that a cluster's head may take to accept a connection
+# Ray's sockets lie deep below its folder, and a socket's path has 107 bytes at most.
+SOCKET_PATH, BELOW_FOLDER = 107, len("/ray/session_2026-01-31_23-59-59_999999_4194304/sockets/plasma_store")
+
+
+def set_environment() -> None:
+    """Settings of Ray and MLflow where the environment has none; to be called before either is imported."""
+    for name in NOT_EMPTY:
+        if os.environ.get(name) == "":
+            del os.environ[name]
+    for name, value in (RAY_SETTINGS | MLFLOW_SETTINGS).items():
+        os.environ.setdefault(name, value)
 
 
 @contextlib.contextmanager
 def ray_session(options: SessionOptions) -> Iterator[None]:
     """How to connect to Ray, should a stage need it: the cluster asked for, or a local one that ends with the command."""
-    address = os.environ.get("RAY_ADDRESS", "local") if options.ray_address == "auto" else options.ray_address
+    named = options.ray_address != "auto"
+    address = options.ray_address if named else os.environ.get("RAY_ADDRESS") or "local"
     cpus = (options.ray_cpus or cluster.cores()) if address == "local" else None
 
     def start() -> None:
-        own = {"num_cpus": cpus, "include_dashboard": False} if address == "local" else _for_workers()
-        try:
-            start_ray(address=address, **own)
-        except ConnectionError as error:
-            raise UserError(f"{address}: no Ray there ({error})", "ray_address") from None
-        import ray
-
-        ray.data.DataContext.get_current().enable_progress_bars = False
+        if address == "local":
+            start_ray(address="local", num_cpus=cpus, include_dashboard=False, **_folder())
+        else:
+            _join(address, named)
 
     with cluster.session(start, cpus):
         yield
@@ -61,19 +73,104 @@ def _for_workers() -> dict[str, Any]:
     return {"runtime_env": {"env_vars": {RETRY_VARIABLE: patience}}} if patience else {}
 
 
+def _join(address: str, named: bool) -> None:
+    """Connect to a cluster. UserError where nobody answers: Ray itself would try for a quarter of an hour."""
+    problem = _unreachable(address)
+    try:
+        if problem is None:
+            start_ray(address=address, **_for_workers())
+    except ConnectionError as error:
+        problem = " ".join(str(error).split())[:200]
+    if problem is not None:
+        what = f"{address}: no Ray there ({problem}); give the address of a cluster that runs, or `ray_address` local"
+        raise UserError(what, "ray_address") if named else UserError(f"RAY_ADDRESS {what}")
+
+
+def _unreachable(address: str) -> str | None:
+    """Why no connection to a head can be made within JOIN_S; None if it can, or the address names no host."""
+    parts = urllib.parse.urlsplit(address if "://" in address else f"//{address}")
+    try:
+        host, port = parts.hostname, parts.port
+    except ValueError as error:
+        return str(error)
+    if host is None or port is None:
+        return None
+    deadline = time.monotonic() + JOIN_S
+    while True:
+        try:
+            socket.create_connection((host, port), timeout=max(1.0, deadline - time.monotonic())).close()
+            return None
+        except OSError as error:
+            if time.monotonic() + 1 > deadline:
+                return error.strerror or str(error)
+            time.sleep(1)
+
+
+def _folder() -> dict[str, str]:
+    """Where a Ray of ours keeps its sockets and logs; said only where the usual folder's path is too long for sockets."""
+    usual = os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
+    room = SOCKET_PATH - BELOW_FOLDER
+    if len(os.fsencode(usual)) <= room:
+        return {}
+    for folder in ("/tmp", "/var/tmp", "/dev/shm"):
+        if os.access(folder, os.W_OK | os.X_OK):
+            return {"_temp_dir": f"{folder}/ray"}
+    raise UserError(
+        f"TMPDIR {usual}: too long a path for Ray's sockets; set RAY_TMPDIR to a folder of at most {room} characters"
+    )
+
+
 def start_ray(tries: int = 3, **options: Any) -> None:
     """`ray.init`, tried again where a busy machine did not bring the node up within Ray's 30 s."""
-    import ray
-
+    set_environment()
+    ray = _imported()
     for attempt in range(1, tries + 1):
         try:
-            with _without_the_level_line():
+            with _without_the_level_line(), _our_sigterm():
                 ray.init(log_to_driver=False, logging_level="error", **options)
-            return
+            break
         except Exception as error:  # a plain Exception is what Ray raises then
-            if attempt == tries or "timed out during startup" not in str(error):
+            if "timed out during startup" not in str(error):
                 raise
             ray.shutdown()
+            if attempt == tries:
+                raise StageFailed(
+                    f"Ray did not start in {tries} tries of half a minute: this machine is too busy, or has too little "
+                    "memory; start the same command again"
+                ) from error
+    import ray.data
+
+    ray.data.DataContext.get_current().enable_progress_bars = False
+
+
+def _imported() -> Any:
+    """The package `ray`, without its handler of signals in this process, which ends a stopped command in a C++ stack.
+
+    The setting is read at the import; workers, which get the environment of the start, keep theirs.
+    """
+    name = "RAY_DISABLE_FAILURE_SIGNAL_HANDLER"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        import ray
+    finally:
+        del os.environ[name]
+        if before is not None:
+            os.environ[name] = before
+    return ray
+
+
+@contextlib.contextmanager
+def _our_sigterm() -> Iterator[None]:
+    """Ray replaces the handler of SIGTERM with `sys.exit`: while it starts that means Ctrl-C, and then ours is back."""
+    ours = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    except SystemExit:
+        raise KeyboardInterrupt from None
+    finally:
+        with contextlib.suppress(ValueError):  # not in the main thread, where Ray has changed nothing either
+            signal.signal(signal.SIGTERM, ours)
 
 
 @contextlib.contextmanager
@@ -95,68 +192,30 @@ def _without_the_level_line() -> Iterator[None]:
                     os.write(2, line)
 
 
-class Tracker:
-    """One MLflow run; without tracking every call does nothing."""
-
-    def __init__(self, run_id: str | None = None, uri: str | None = None):
-        self.run_id, self.uri = run_id, uri
-
-    def metrics(self, values: Mapping[str, Any], step: int | None = None) -> None:
-        """Log the numbers among `values`; nested names are joined with dots."""
-        if self.run_id:
-            import mlflow
-
-            numbers = {k: float(v) for k, v in flatten(values).items() if isinstance(v, int | float) and v == v}
-            mlflow.log_metrics(numbers, step=step)
-
-    def text(self, text: str, name: str) -> None:
-        """Store a text artifact."""
-        if self.run_id:
-            import mlflow
-
-            mlflow.log_text(text, name)
-
-
 @contextlib.contextmanager
-def tracked(command: str, options: RunOptions, *config: Any) -> Iterator[Tracker]:
-    """The command's one MLflow run: its flattened config now, what it logs meanwhile, failed if it fails."""
-    uri = options.mlflow or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{pathlib.Path('mlflow.db').resolve()}"
-    if uri == "none":
-        yield Tracker()
-        return
-    import mlflow
+def tracked(command: str, options: RunOptions, *config: Any, run_id: str | None = None) -> Iterator[Tracker]:
+    """The command's one MLflow run: its flattened config now, what it logs meanwhile, failed if it fails.
 
-    for noisy in ("alembic", "mlflow", "huggingface_hub"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
-
-    name = f"{command} {pathlib.PurePath(options.run).name}"
-    with _store(mlflow, uri), mlflow.start_run(run_name=name) as active:
-        params = {"command": command, "run": options.run}
-        for group in config:
-            params |= flatten(dataclasses.asdict(group))
-        mlflow.log_params({name: str(value)[:6000] for name, value in params.items()})
-        yield Tracker(active.info.run_id, uri)
-
-
-@contextlib.contextmanager
-def _store(mlflow: Any, uri: str) -> Iterator[None]:
-    """A tracking store in use. MLflow notes it in the environment, where the process's next command would take it from."""
-    before = os.environ.get("MLFLOW_TRACKING_URI")
+    With `run_id` the run of an earlier attempt goes on. What MLflow cannot take is a warning at the end.
+    """
+    uri = tracking_uri(options)
+    tracker = Tracker(uri, f"{command} {pathlib.PurePath(options.run or '').name}", run_id)
+    params = {"command": command, "run": options.run}
+    for group in config:
+        params |= dataclasses.asdict(group)
+    tracker.params(params)
+    status = "FAILED"
     try:
-        try:
-            mlflow.set_tracking_uri(uri)
-            _set_experiment(mlflow, uri)
-        except Exception as error:  # of MLflow, of the database below it, of the network
-            raise UserError(f"{uri}: {' '.join(str(error).split())[:200]}", "mlflow") from None
-        yield
+        yield tracker
+        status = "FINISHED"
     finally:
-        mlflow.set_tracking_uri(before)
+        problem = tracker.end(status)
+        if problem and status == "FINISHED":
+            line = f"hardset {command}: warning: --mlflow {uri}: {problem}; the result itself is kept\n"
+            sys.stderr.write(credentials.redact(line))
 
 
-def _set_experiment(mlflow: Any, uri: str) -> None:
-    """The experiment `hardset`; with sqlite its artifacts lie beside the database, not in the working directory."""
-    if uri.startswith("sqlite:///") and mlflow.get_experiment_by_name("hardset") is None:
-        folder = pathlib.Path(uri.removeprefix("sqlite:///")).resolve().parent / "mlartifacts"
-        with contextlib.suppress(mlflow.exceptions.MlflowException):  # another command made it meanwhile
-            mlflow.create_experiment("hardset", artifact_location=folder.as_uri())
-    mlflow.set_experiment("hardset")
+def tracking_uri(options: RunOptions) -> str | None:
+    """The store that is asked for; None for no tracking."""
+    uri = options.mlflow or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{pathlib.Path('mlflow.db').resolve()}"
+    return None if uri == "none" else uri

@@ -7,7 +7,7 @@ from typing import Any
 
 from jobs.command import say
 from jobs.options import CorpusOptions, GaussianOptions, RunOptions, SubsetOptions, WeightOptions, WorkerOptions, part
-from jobs.session import Tracker
+from jobs.tracking import Tracker
 from ops.hub import check_hub_answers
 from pipelines.corpus import moved as moving
 from pipelines.corpus.packed import CLASSES, record_beside
@@ -347,8 +347,8 @@ def report(run: Run, tracker: Tracker, class_names: Sequence[str] = ()) -> dict[
         entry = reporting.report(run, class_names)
     done = "already there" if entry["skipped"] else f"{entry['bytes'] / 1e6:.1f} MB, {duration(entry['seconds'])}"
     say(f"report: {entry['pictures']:,} pictures, {done}: {entry['path']}")
-    if tracker.run_id:
-        tracker.text(storage.read_bytes(entry["path"]).decode(), "report/index.html")
+    if tracker.active:
+        tracker.file(storage.read_bytes(entry["path"]), "report/index.html")
     return entry
 
 

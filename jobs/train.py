@@ -6,21 +6,20 @@ hardset train --run RUN --loss difficulty_entropy --weights difficulty.weight --
 import contextlib
 import dataclasses
 import json
-import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from jobs.command import Command, say
 from jobs.options import RunOptions, WorkerOptions, at_least, named
-from jobs.session import Tracker, ray_session, tracked
+from jobs.session import ray_session, tracked
+from jobs.tracking import Tracker
 from pipelines.runs.errors import UserError
 
 if TYPE_CHECKING:
-    from pipelines.runs.record import Run
     from pipelines.training.loop import Plan, Recipe
-    from pipelines.training.train import Choices
+    from pipelines.training.plan import Choices
 
 # What differs between a head that is trained in seconds and a network.
 DEFAULTS = {
@@ -126,6 +125,8 @@ class RecipeOptions:
     """images: default crop_flip (random crop after padding by an eighth, horizontal flip)"""
     compile: bool = False
     """torch.compile the model"""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """of the model's products; auto: bfloat16 on a GPU, float32 on a CPU (bfloat16 there needs a CPU with avx512_bf16)"""
     criterion: Literal["accuracy", "nll", "ece", "worst_group_accuracy"] = "accuracy"
     """what makes an epoch the best one"""
     patience: int = 0
@@ -149,11 +150,14 @@ class TrainerOptions:
     overwrite: bool = False
     """forget what --out holds"""
     workers: int = 1
-    """Ray Train workers (with GPUs one each)"""
+    """processes that train together (with GPUs one each); one on this machine trains without Ray"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes a GPU where the cluster has one; cuda without a GPU is an error"""
-    max_failures: int = 2
-    """times that failed workers are replaced, going on from the last epoch"""
+    max_failures: int | None = None
+    """times that failed workers are replaced, going on from the last save (default 2 where Ray Train runs them, as it also
+    does where this is given)"""
+    log_graph: bool = False
+    """log the classifier to MLflow as an exported graph, which loads without this package and takes half a minute"""
 
     def __post_init__(self) -> None:
         named(self, ("out",))
@@ -168,12 +172,14 @@ def train(
     from jobs import stages
     from pipelines.runs.lease import lease
     from pipelines.runs.record import Run
-    from pipelines.training import train as training
+    from pipelines.training import folder
+    from pipelines.training import plan as planning
+    from pipelines.training import run as running
     from pipelines.training.objective import LossChoice
 
     # All that needs no data first: a mistake there is told at once.
     loss, how = LossChoice.parse(learn.loss, learn.loss_params), _recipe(learn.input, recipe)
-    training.check_correctness_group(learn.correctness)
+    planning.check_correctness_group(learn.correctness)
     chosen = _choices(learn, model, loss.argument)
     if how.batch_size % trainer.workers:
         raise UserError(f"{trainer.workers}: must be a divisor of `batch_size` {how.batch_size}", "workers")
@@ -181,28 +187,27 @@ def train(
     eval_run = None if learn.eval_run is None else Run.open(learn.eval_run, "eval_run")
     with contextlib.ExitStack() as held, ray_session(options):
         device = stages.resources(WorkerOptions(device=trainer.device)).device
-        plan = training.plan_training(run, trainer.out or "", loss, how, chosen, eval_run)
-        plan = _placed(plan, run, learn)
+        plan = planning.plan_training(run, trainer.out or "", loss, how, chosen, eval_run)
+        plan = folder.placed(plan, run)
         held.enter_context(lease(plan.out, "training"))
-        _settle(plan, trainer)
-        if done := _result_there(plan):
+        folder.settle(plan, trainer.overwrite)
+        if done := folder.result_of(plan):
             say(f"train: already done in {plan.out}; another --out or --overwrite trains again")
             return done
         with _tracked_once(plan, options, learn, model, recipe, trainer) as tracker:
             started = time.monotonic()
-            log = EpochLog(tracker.uri, tracker.run_id) if tracker.run_id else None
-            workers = training.Workers(trainer.workers, device, trainer.max_failures)
-            say(
-                f"train: {plan.spec.model}, {sum(plan.expanded):,} samples an epoch, {trainer.workers} workers on {device}, {plan.out}"
-            )
-            outcome = training.train(plan, workers, log, _say_epoch(plan))
+            workers = running.Workers(trainer.workers, device, trainer.max_failures)
+            where = "this process" if workers.here else f"{trainer.workers} workers of Ray Train"
+            say(f"train: {plan.spec.model}, {sum(plan.expanded):,} samples an epoch, {where} on {device}, {plan.out}")
+            outcome = running.train(plan, workers, _epoch_watch(plan, tracker))
             if learn.correctness != "none":
                 with run.lease(learn.correctness):
-                    training.write_correctness(run, plan, outcome["history"], learn.correctness)
-            result = _result(plan, outcome, tracker, time.monotonic() - started)
+                    planning.write_correctness(run, plan, outcome["history"], learn.correctness)
+            result = _result(plan, outcome, time.monotonic() - started)
             tracker.metrics({k: v for k, v in result.items() if isinstance(v, float)})
-            _log_artifacts(plan, outcome, tracker)
-        _write_json(plan, "result.json", result)
+            _log_artifacts(plan, outcome, tracker, trainer.log_graph)
+        result["mlflow_run_id"] = tracker.run_id
+        folder.finish(plan, result)
     say(
         f"train: accuracy {result['accuracy']:.4f}, ece {result['ece']:.4f}, nll {result['nll']:.4f} "
         f"(epoch {result['epoch'] + 1} of {result['epochs']}): {result['checkpoint']}"
@@ -219,7 +224,7 @@ def _recipe(kind: str, options: RecipeOptions) -> "Recipe":
 
 def _choices(learn: LearnOptions, model: ModelOptions, argument: str | None) -> "Choices":
     from pipelines.training.groups import GroupRule
-    from pipelines.training.train import Choices
+    from pipelines.training.plan import Choices
 
     def rule(text: str | None, option: str, by_class: bool = False) -> GroupRule | None:
         return None if text is None else GroupRule.parse(text, option, by_class)
@@ -254,105 +259,28 @@ def _upsampled(learn: LearnOptions) -> str | None:
     return chosen
 
 
-def _placed(plan: "Plan", run: "Run", learn: LearnOptions) -> "Plan":
-    """The plan with its folder."""
-    from pipelines.runs import storage
+@contextlib.contextmanager
+def _tracked_once(plan: "Plan", options: RunOptions, *groups: Any) -> Iterator[Tracker]:
+    """The training's one MLflow run, noted in its folder: a new one, or the one that an earlier attempt there began."""
+    from pipelines.training import folder
 
-    out = plan.out or run.path("models", f"{learn.loss}-{plan.lineage['source'][:12]}")
-    plan = dataclasses.replace(plan, out=storage.absolute(out))
-    storage.check_writable(plan.out)
-    return plan
-
-
-def _settle(plan: "Plan", trainer: TrainerOptions) -> None:
-    """See that the plan's folder holds nothing, or an earlier part of the same training."""
-    from pipelines.runs import storage
-    from pipelines.training.checkpoints import read_json
-
-    if trainer.overwrite:
-        for name in ("best", "last", "state.pt", "curve.json", "result.json", "train.json", ".ray"):
-            storage.remove_tree(storage.join(plan.out, name))
-    before = read_json(storage.join(plan.out, "train.json"))
-    if before is not None and before["source"] != plan.lineage["source"]:
-        what = _difference(before["config"], plan.lineage["config"])
-        raise UserError(f"{plan.out}: holds another training ({what}); take another `out`, or `overwrite`", "out")
+    before = folder.tracked_by(plan)
+    folder.note(plan, before)
+    with tracked("train", options, *(() if before else groups), run_id=before) as tracker:
+        tracker.when_opened(lambda run_id: folder.note(plan, run_id))
+        lineage = {name: plan.lineage[name] for name in ("run", "eval_run", "encoder", "source")} | {"out": plan.out}
+        tracker.tags({f"lineage.{name}": value for name, value in lineage.items()})
+        yield tracker
 
 
-def _difference(before: dict[str, Any], now: dict[str, Any]) -> str:
-    from pipelines.runs.nested import flatten
+def _epoch_watch(plan: "Plan", tracker: Tracker) -> Callable[[dict[str, Any]], None]:
+    """Says and logs each epoch."""
+    from pipelines.training.loop import numbers_of
 
-    before, now = flatten(before), flatten(json.loads(json.dumps(now)))
-    for name, value in now.items():
-        if before.get(name) != value:
-            return f"{name.rpartition('.')[2]} {before.get(name)!r} there, {value!r} asked for"
-    return "made from other embeddings or columns"
-
-
-def _result_there(plan: "Plan") -> dict[str, Any] | None:
-    from pipelines.runs import storage
-    from pipelines.training.checkpoints import read_json
-
-    return read_json(storage.join(plan.out, "result.json"))
-
-
-def _tracked_once(plan: "Plan", options: RunOptions, *groups: Any) -> Any:
-    """The training's one MLflow run: a new one, or the one that an earlier attempt in the same folder began."""
-    from pipelines.runs import storage
-    from pipelines.training.checkpoints import read_json
-
-    before = read_json(storage.join(plan.out, "train.json")) or {}
-    if before.get("mlflow_run_id") and options.mlflow != "none":
-        # MLflow's own way to go on with a run; the parameters are there already.
-        os.environ["MLFLOW_RUN_ID"] = before["mlflow_run_id"]
-        groups = ()
-    return _Remembered(plan, tracked("train", options, *groups), new=bool(groups))
-
-
-class _Remembered:
-    """`tracked`, with the run's id and the lineage noted in the training's folder before any work starts."""
-
-    def __init__(self, plan: "Plan", inner: Any, new: bool):
-        self.plan, self.inner, self.new = plan, inner, new
-
-    def __enter__(self) -> Tracker:
-        tracker = self.inner.__enter__()
-        lineage = self.plan.lineage
-        record = {name: lineage[name] for name in ("source", "config", "run", "eval_run")}
-        record["mlflow_run_id"] = tracker.run_id
-        _write_json(self.plan, "train.json", record)
-        if tracker.run_id and self.new:
-            import mlflow
-
-            mlflow.set_tags(
-                {f"lineage.{name}": str(lineage[name]) for name in ("run", "eval_run", "encoder", "source")}
-            )
-            mlflow.set_tags({"lineage.out": self.plan.out})
-        return tracker
-
-    def __exit__(self, *error: Any) -> None:
-        self.inner.__exit__(*error)
-
-
-@dataclasses.dataclass(frozen=True)
-class EpochLog:
-    """Logs an epoch's numbers to an MLflow run that the driver made; called in rank 0's process."""
-
-    uri: str = dataclasses.field(repr=False)  # it may hold a password
-    run_id: str
-
-    def __call__(self, metrics: dict[str, float], step: int) -> None:
-        from mlflow import MlflowClient
-        from mlflow.entities import Metric
-
-        now = int(time.time() * 1000)
-        numbers = [Metric(name, value, now, step) for name, value in metrics.items() if value == value]
-        MlflowClient(tracking_uri=self.uri).log_batch(self.run_id, metrics=numbers)
-
-
-def _say_epoch(plan: "Plan") -> Callable[[dict[str, Any]], None]:
     shown = plan.evaluations[-1].name
 
     def watch(epoch: dict[str, Any]) -> None:
+        tracker.metrics(numbers_of({k: v for k, v in epoch.items() if k != "epoch"}), step=epoch["epoch"] + 1)
         found = epoch[shown]
         worst = f" · worst group {found['worst_group_accuracy']:.4f}" if "worst_group_accuracy" in found else ""
         say(
@@ -364,7 +292,7 @@ def _say_epoch(plan: "Plan") -> Callable[[dict[str, Any]], None]:
     return watch
 
 
-def _result(plan: "Plan", outcome: dict[str, Any], tracker: Tracker, seconds: float) -> dict[str, Any]:
+def _result(plan: "Plan", outcome: dict[str, Any], seconds: float) -> dict[str, Any]:
     from pipelines.runs import storage
 
     curve, best, reported = outcome["curve"], outcome["best"], plan.evaluations[-1].name
@@ -383,71 +311,29 @@ def _result(plan: "Plan", outcome: dict[str, Any], tracker: Tracker, seconds: fl
         "samples_per_second": curve[-1]["samples_per_second"],
         "checkpoint": storage.join(plan.out, "best"),
         "out": plan.out,
-        "mlflow_run_id": tracker.run_id,
     }
 
 
-def _write_json(plan: "Plan", name: str, value: Any) -> None:
-    from pipelines.runs import storage
-    from pipelines.training.checkpoints import write_json
-
-    write_json(storage.join(plan.out, name), json.loads(json.dumps(value)))
-
-
-def _log_artifacts(plan: "Plan", outcome: dict[str, Any], tracker: Tracker) -> None:
-    """The curves, the groups' confusion matrices, and the model with its signature."""
-    if not tracker.run_id:
+def _log_artifacts(plan: "Plan", outcome: dict[str, Any], tracker: Tracker, graph: bool) -> None:
+    """The curves, the groups' confusion matrices, and the classifier with its signature."""
+    if not tracker.active:
         return
-    import mlflow
-
-    curve = outcome["curve"]
-    mlflow.log_dict(curve, "curve.json")
-    mlflow.log_dict(plan.lineage, "lineage.json")
-    mlflow.log_figure(_figure(curve, plan.evaluations[-1].name), "curves.png")
-    for number, group in enumerate(curve[outcome["best"]][plan.evaluations[-1].name].get("groups", [])):
-        mlflow.log_dict(group, f"groups/{number}.json")
-    _log_model(plan)
-
-
-def _figure(curve: list[dict[str, Any]], name: str) -> Any:
-    from matplotlib.figure import Figure
-
-    epochs = range(1, len(curve) + 1)
-    figure = Figure(figsize=(10, 3), layout="constrained")
-    for axis, metric in zip(figure.subplots(1, 3), ("accuracy", "ece", "nll")):
-        axis.plot(epochs, [epoch[name][metric] for epoch in curve], label=name)
-        for number, group in enumerate(curve[-1][name].get("groups", []) if metric in ("accuracy", "ece") else []):
-            axis.plot(epochs, [epoch[name]["groups"][number][metric] for epoch in curve], lw=0.8, label=group["name"])
-        axis.set(xlabel="epoch", ylabel=metric)
-        if len(axis.lines) > 1:
-            axis.legend(fontsize=6)
-    return figure
-
-
-def _log_model(plan: "Plan") -> None:
-    import mlflow
-    import numpy as np
-    import torch
-    from mlflow.models import ModelSignature
-    from mlflow.types import Schema, TensorSpec
-
+    from ops.models import RECORD, WEIGHTS
     from pipelines.runs import storage
-    from pipelines.training.checkpoints import read_classifier
+    from pipelines.training import figures
 
+    curve, shown = outcome["curve"], plan.evaluations[-1].name
+    documents = {"curve.json": curve, "lineage.json": plan.lineage}
+    groups = curve[outcome["best"]][shown].get("groups", [])
+    documents |= {f"groups/{number}.json": group for number, group in enumerate(groups)}
+    for name, document in documents.items():
+        tracker.file(json.dumps(document, indent=1).encode(), name)
+    tracker.figure(figures.curves(curve, shown), "curves.png")
     spec = plan.spec
     shape = (spec.width,) if spec.input == "embeddings" else (3, spec.image_size, spec.image_size)
-    kind = np.dtype("float32" if spec.input == "embeddings" else "uint8")
-    logits = TensorSpec(np.dtype("float32"), (-1, spec.num_classes))
-    mlflow.pytorch.log_model(
-        read_classifier(storage.join(plan.out, "best")),
-        name="model",
-        signature=ModelSignature(Schema([TensorSpec(kind, (-1, *shape))]), Schema([logits])),
-        # Two samples: from one, the exported graph would take one sample for ever.
-        input_example=np.zeros((2, *shape), kind),
-        serialization_format="pt2",  # a graph and tensors, no pickle
-        # Named, as inferring them would load the model in another process.
-        pip_requirements=[f"torch=={torch.__version__.partition('+')[0]}", "numpy"],
-    )
+    kind = "float32" if spec.input == "embeddings" else "uint8"
+    files = {name: storage.read_bytes(storage.join(plan.out, "best", name)) for name in (WEIGHTS, RECORD)}
+    tracker.model(files, (kind, shape), spec.num_classes, graph)
 
 
 COMMAND = Command("train", __doc__, (RunOptions, LearnOptions, ModelOptions, RecipeOptions, TrainerOptions), train)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import jobs.session  # noqa: F401  settings that Ray reads when it is imported
+from jobs.session import set_environment
 
 
 def _free_port() -> int:
@@ -21,6 +21,7 @@ def _free_port() -> int:
 
 
 # Before Ray is imported, whose workers inherit them.
+set_environment()
 os.environ.update(
     AWS_ENDPOINT_URL=f"http://127.0.0.1:{_free_port()}",
     AWS_ACCESS_KEY_ID="testing",
@@ -37,10 +38,7 @@ def ray_session():
     from pipelines.runs import cluster
 
     def start() -> None:
-        import ray
-
         start_ray(address="local", num_cpus=4, include_dashboard=False, object_store_memory=200 << 20)
-        ray.data.DataContext.get_current().enable_progress_bars = False
 
     with cluster.session(start, 4):
         yield

@@ -24,7 +24,7 @@ from pipelines.runs.record import Run
 from pipelines.training.checkpoints import read_classifier
 from pipelines.training.loop import Plan, Recipe, Training, Workplace
 from pipelines.training.objective import LossChoice
-from pipelines.training.train import Choices, plan_training
+from pipelines.training.plan import Choices, plan_training
 
 HOLDOUT = 0.02  # the training pipeline needs samples to evaluate on; too few to tell a diverged member by
 RESIDENT_BYTES = 2 << 30  # networks that an actor holds at once

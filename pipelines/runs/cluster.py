@@ -66,13 +66,11 @@ def connected() -> bool:
 
 def connect() -> ModuleType:
     """The package `ray`, connected. RuntimeError outside of a session."""
-    import ray
-
-    if not ray.is_initialized():
+    if not connected():
         if _session is None:
             raise RuntimeError("Ray is needed and no session says how to start it; call ray.init() before")
-        _session.start()
-    return ray
+        _session.start()  # which may set what Ray reads when it is imported
+    return sys.modules["ray"]
 
 
 def small_work_stays_here() -> bool:

@@ -14,9 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
-from torchvision.transforms.v2 import InterpolationMode, RandAugment
-from torchvision.transforms.v2 import functional as F
+from torch.nn.functional import interpolate, pad
 
 from ops.decoding import decode_image
 from pipelines.runs.errors import UserError
@@ -62,6 +60,8 @@ class Augmentation:
         return views
 
     def _randaugment(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        from torchvision.transforms.v2 import RandAugment  # seconds to import, which others do without
+
         transform = RandAugment()
         seed = int(torch.randint(0, 2**62, (1,), generator=generator))
         # torchvision draws from the global generator only.
@@ -108,8 +108,12 @@ def fit_square(image: Tensor, size: int) -> Tensor:
     """A picture (3, H, W) uint8 as (3, size, size): shorter side resized, the centre of the longer kept."""
     if tuple(image.shape[-2:]) == (size, size):
         return image
-    image = F.resize(image, [size], interpolation=InterpolationMode.BICUBIC, antialias=True)
-    return F.center_crop(image, [size, size])
+    height, width = image.shape[-2:]
+    short = min(height, width)
+    target = (size * height // short, size * width // short)
+    image = interpolate(image[None], target, mode="bicubic", antialias=True)[0]
+    top, left = (round((side - size) / 2) for side in target)
+    return image[:, top : top + size, left : left + size]
 
 
 def ahead(items: Iterable[Any], depth: int = 4) -> Iterator[Any]:

@@ -1,7 +1,7 @@
 """The training loop: a plain function of one process, alone or as one rank of a `torch.distributed` world.
 
-It knows neither Ray nor MLflow: it is told where it runs (`Workplace`), calls `log(metrics, step)` on rank 0 after each
-epoch, and keeps what it needs to go on in its output folder. Called again with the same plan it goes on from there.
+It knows neither Ray nor MLflow: it is told where it runs (`Workplace`), calls `after_epoch` after each epoch, and keeps
+what it needs to go on in its output folder. Called again with the same plan it goes on from there.
 """
 
 import contextlib
@@ -30,7 +30,9 @@ from pipelines.training.source import Source
 OPTIMIZERS = ("sgd", "adamw")
 SCHEDULES = ("constant", "step", "cosine", "one_cycle")
 CRITERIA = ("accuracy", "nll", "ece", "worst_group_accuracy")
-Log = Callable[[dict[str, float], int], None]
+PRECISIONS = ("auto", "float32", "bfloat16")
+SAVE_S = 10.0  # of training that a kill may cost at most, beside the epoch that it is in
+AfterEpoch = Callable[[dict[str, Any], int], None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +50,8 @@ class Recipe:
         Each rank's part of a batch is computed in so many pieces; losses that look across a batch see a piece.
     ema : float
         Decay per step of the averaged weights, which then are what is evaluated and saved.
+    precision : {"auto", "float32", "bfloat16"}
+        Of the model's products; weights, loss and optimizer stay float32. auto: bfloat16 on a GPU, float32 on a CPU.
     patience : int
         Epochs without a better `criterion` after which training stops; 0: never.
     """
@@ -65,6 +69,7 @@ class Recipe:
     ema: float = 0.0
     augment: str = "none"
     compile: bool = False
+    precision: str = "auto"
     criterion: str = "accuracy"
     patience: int = 0
     seed: int = 0
@@ -94,7 +99,12 @@ class Recipe:
         for name in ("momentum", "warmup", "ema"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"{getattr(self, name)}: expected a number in [0, 1)", name)
-        for name, choices in (("optimizer", OPTIMIZERS), ("schedule", SCHEDULES), ("criterion", CRITERIA)):
+        for name, choices in (
+            ("optimizer", OPTIMIZERS),
+            ("schedule", SCHEDULES),
+            ("criterion", CRITERIA),
+            ("precision", PRECISIONS),
+        ):
             if getattr(self, name) not in choices:
                 raise UserError(f"{getattr(self, name)}: expected one of {', '.join(choices)}", name)
         Augmentation.named(self.augment, 32)
@@ -130,31 +140,36 @@ class Plan:
 
 @dataclasses.dataclass(frozen=True)
 class Workplace:
-    """Where a rank works. bf16: autocast of the model (the loss is computed in float32)."""
+    """Where a rank works."""
 
     rank: int = 0
     world: int = 1
     device: str = "cpu"
 
-    @property
-    def bf16(self) -> bool:
-        return self.device.startswith("cuda")
+    def bf16(self, precision: str) -> bool:
+        """Whether the model computes in bfloat16 (autocast). UserError where this CPU has no such instructions."""
+        on_gpu = self.device.startswith("cuda")
+        if precision == "bfloat16" and not on_gpu and not torch.cpu._is_avx512_bf16_supported():
+            raise UserError(
+                "bfloat16: this CPU has no instructions for it and would be slower; take float32", "precision"
+            )
+        return precision == "bfloat16" or (precision == "auto" and on_gpu)
 
 
 def train_classifier(
-    plan: Plan, place: Workplace | None = None, log: Log | None = None, after_epoch: Log | None = None
+    plan: Plan, place: Workplace | None = None, after_epoch: AfterEpoch | None = None
 ) -> dict[str, Any]:
     """Train to the end of the plan, from its last saved epoch if there is one.
+
+    It is saved at the end, and after an epoch that ends SAVE_S or more after the last save.
 
     Parameters
     ----------
     plan : Plan
     place : Workplace
         With `world` > 1 a `torch.distributed` process group must be there.
-    log : callable
-        Called on rank 0 with the numbers of each epoch.
     after_epoch : callable
-        Called on every rank after the epoch was saved.
+        Called on every rank with the epoch's entry of the curve and the number of epochs done.
 
     Returns
     -------
@@ -163,14 +178,17 @@ def train_classifier(
         each training sample was right, and seen (int32 tensors).
     """
     training = Training(plan, place or Workplace())
+    saved = time.monotonic()
     while not training.done:
         metrics = training.run_epoch()
         if training.place.rank == 0:
-            if log is not None:
-                log(numbers_of(metrics), training.epoch)
-            training.save()
+            if training.done or time.monotonic() - saved >= SAVE_S:
+                training.save()
+                saved = time.monotonic()
+            else:
+                training.keep_best()
         if after_epoch is not None:
-            after_epoch(numbers_of(metrics), training.epoch)
+            after_epoch(metrics, training.epoch)
     return training.summary()
 
 
@@ -179,6 +197,8 @@ class Training:
 
     def __init__(self, plan: Plan, place: Workplace):
         self.plan, self.place, recipe = plan, place, plan.recipe
+        self.bf16 = place.bf16(recipe.precision)
+        self._best: Classifier | None = None  # of an epoch that is not saved yet
         if recipe.batch_size % place.world:
             raise UserError(f"{recipe.batch_size}: not a multiple of the {place.world} workers", "batch_size")
         torch.manual_seed(recipe.seed)
@@ -220,7 +240,7 @@ class Training:
         self.objective.check_ranks_agree()
         metrics: dict[str, Any] = {"train_loss": loss, "train_accuracy": accuracy}
         for evaluation, loader in zip(self.plan.evaluations, self.eval_loaders):
-            metrics[evaluation.name] = assess(self.evaluated, evaluation, loader, self.place.device, self.place.bf16)
+            metrics[evaluation.name] = assess(self.evaluated, evaluation, loader, self.place.device, self.bf16)
         if self.objective.dro is not None:
             metrics["group_weights"] = self.objective.dro.weights.tolist()
         metrics |= {
@@ -236,13 +256,20 @@ class Training:
         return metrics
 
     def save(self) -> None:
-        """Write the last and, where it is this one, the best classifier; then the state, whole or not at all."""
-        out, extra = self.plan.out, {"epoch": self.epoch - 1, "lineage": self.plan.lineage}
-        if self.best == self.epoch - 1:
-            write_classifier(self.evaluated, storage.join(out, "best"), **extra)
-        write_classifier(self.evaluated, storage.join(out, "last"), **extra)
+        """Write the last classifier and, unless it is there, the best; then the state, whole or not at all."""
+        out, lineage = self.plan.out, self.plan.lineage
+        best = self.evaluated if self.best == self.epoch - 1 else self._best
+        if best is not None:
+            write_classifier(best, storage.join(out, "best"), epoch=self.best, lineage=lineage)
+        self._best = None
+        write_classifier(self.evaluated, storage.join(out, "last"), epoch=self.epoch - 1, lineage=lineage)
         write_json(storage.join(out, "curve.json"), self.curve)
         write_state(self.plan.state_path, self._state())
+
+    def keep_best(self) -> None:
+        """Instead of `save`: a copy of the classifier in memory, if this epoch was the best one."""
+        if self.best == self.epoch - 1:
+            self._best = copy.deepcopy(self.evaluated)
 
     def summary(self) -> dict[str, Any]:
         """What the training came to."""
@@ -301,7 +328,7 @@ class Training:
         inputs = batch.inputs[piece].to(device, non_blocking=True)
         if inputs.dim() == 4 and device.startswith("cuda"):
             inputs = inputs.contiguous(memory_format=torch.channels_last)
-        with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=self.place.bf16):
+        with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=self.bf16):
             logits = self.stepped(inputs)
         logits = logits.float()
         labels = batch.labels[piece].to(device)

@@ -1,7 +1,5 @@
 """Training: it learns, goes on after a stop as if there had been none, and treats weights and groups as it says."""
 
-import dataclasses
-
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -14,12 +12,14 @@ from pipelines.curation.rules import Rule
 from pipelines.curation.select import select
 from pipelines.runs import column_groups, joins
 from pipelines.runs.errors import StageFailed, UserError
+from pipelines.training import loop
 from pipelines.training.checkpoints import read_classifier
 from pipelines.training.groups import GroupRule
 from pipelines.training.loop import Recipe, lr_factor, train_classifier
 from pipelines.training.objective import Grouping, LossChoice, Objective
+from pipelines.training.plan import Choices, plan_training, write_correctness
+from pipelines.training.run import Workers, train
 from pipelines.training.source import Source
-from pipelines.training.train import Choices, Workers, plan_training, train, write_correctness
 from tests.pipelines.synthetic import make_run
 
 CE = LossChoice()
@@ -104,10 +104,10 @@ def test_a_head_learns_and_says_how_well(plans, runs):
     plan = plans(
         "learn", eval_run=runs[1], choices={"holdout": 0.0, "bins": GroupRule.parse("difficulty.rmd:q2")}, epochs=15
     )
-    result = train_classifier(plan, log=lambda metrics, step: lines.append((step, metrics)))
+    result = train_classifier(plan, after_epoch=lambda entry, done: lines.append((done, entry)))
     last = result["curve"][-1]["eval"]
     assert last["accuracy"] > 0.8 > result["curve"][0]["train_accuracy"] and last["nll"] < 0.7
-    assert [step for step, _ in lines] == list(range(1, 16)) and lines[-1][1]["eval.accuracy"] == last["accuracy"]
+    assert [step for step, _ in lines] == list(range(1, 16)) and lines[-1][1]["eval"]["accuracy"] == last["accuracy"]
     assert sum(part["samples"] for part in last["bins"]) == last["samples"] == 100
     best = load_classifier(plan.out)
     assert best.extra["epoch"] == result["best"] and best.spec.encoder_fingerprint == "0"
@@ -122,7 +122,8 @@ def test_a_head_learns_and_says_how_well(plans, runs):
         {"choices": {"groups": GroupRule.parse("difficulty.rmd:0")}},
     ],
 )
-def test_going_on_after_a_stop_gives_the_same_weights(plans, values):
+def test_going_on_after_a_stop_gives_the_same_weights(plans, values, monkeypatch):
+    monkeypatch.setattr(loop, "SAVE_S", 0.0)
     plans_ = [plans(f"{name}{len(str(values))}", **values) for name in ("whole", "parts")]
     train_classifier(plans_[0])
 
@@ -270,23 +271,44 @@ def test_ray_trains_like_the_plain_loop(plans, ray_session):
     assert int(result["history"][1].min()) == 3
 
 
-@pytest.mark.slow
-def test_a_killed_worker_is_replaced_and_the_training_goes_on(plans, ray_session, tmp_path):
-    plan = plans("killed", epochs=4)
-    result = train(plan, Workers(2, max_failures=2), log=KillOnce(str(tmp_path / "killed")))
-    assert len(result["curve"]) == 4 and (tmp_path / "killed").exists()
+def test_one_worker_trains_here_as_it_does_under_ray_train(plans, ray_session):
+    here, there = plans("here", epochs=3, ema=0.9), plans("there", epochs=3, ema=0.9)
+    assert Workers().here and not Workers(max_failures=0).here and not Workers(2).here
+    seen: dict[str, list] = {"here": [], "there": []}
+    results = [train(here, Workers(), seen["here"].append), train(there, Workers(max_failures=0), seen["there"].append)]
+    assert_same_weights(here.out + "/best", there.out + "/best", atol=0)
+    assert_same_weights(here.out + "/last", there.out + "/last", atol=0)
+    times = ("lr", "seconds", "seconds_to_first_step", "samples_per_second")
+    curves = [[{k: v for k, v in entry.items() if k not in times} for entry in seen[name]] for name in seen]
+    assert curves[0] == curves[1] and [entry["epoch"] for entry in curves[0]] == [0, 1, 2]
+    assert results[0]["best"] == results[1]["best"]
+    assert torch.equal(results[0]["history"], results[1]["history"])
 
 
-@dataclasses.dataclass
-class KillOnce:
-    """A log that kills its process in the second epoch, the first time."""
+def test_short_epochs_are_saved_once_at_the_end_and_the_best_is_kept(plans, monkeypatch):
+    written, write = [], loop.write_classifier
 
-    mark: str
+    def noted(model, uri, **extra):
+        written.append((uri[-4:], extra["epoch"]))
+        write(model, uri, **extra)
 
-    def __call__(self, metrics, epoch):
-        import os
-        import signal
+    monkeypatch.setattr(loop, "write_classifier", noted)
+    plan = plans("short", epochs=6, lr=2.0)
+    result = train_classifier(plan)
+    assert written == [("best", result["best"]), ("last", 5)] and result["best"] < 5
+    monkeypatch.setattr(loop, "SAVE_S", 0.0)
+    often = plans("often", epochs=6, lr=2.0)
+    train_classifier(often)
+    assert_same_weights(plan.out + "/best", often.out + "/best", atol=0)
 
-        if epoch == 2 and not os.path.exists(self.mark):
-            open(self.mark, "w").close()
-            os.kill(os.getpid(), signal.SIGKILL)
+
+def test_bfloat16_learns_nearly_the_same(plans):
+    if not torch.cpu._is_avx512_bf16_supported():
+        with pytest.raises(UserError, match="no instructions"):
+            train_classifier(plans("half", precision="bfloat16"))
+        return
+    rough, exact = (train_classifier(plans(name, precision=name, epochs=6)) for name in ("bfloat16", "float32"))
+    ours, theirs = (found["curve"][-1]["holdout"] for found in (rough, exact))
+    assert ours["nll"] != theirs["nll"] and abs(ours["nll"] - theirs["nll"]) < 0.05
+    # Runs of before the choice keep their name.
+    assert "precision" not in plans("auto").lineage["config"]["recipe"]

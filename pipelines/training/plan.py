@@ -1,38 +1,26 @@
-"""Train: a run's shards or embeddings, joined with its columns -> a classifier. Planned here, run by Ray Train.
-
-plan_training   everything that can be wrong is found, counted and resolved before a worker starts
-train           TorchTrainer with 1 … n workers around `pipelines.training.loop`; a failed worker group starts again from the
-                last saved epoch, and so does the same command after a kill
-"""
+"""Plan a training: everything that can be wrong is found, counted and resolved before work starts. And its correctness."""
 
 import dataclasses
-import functools
 import json
-import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import ray
-import ray.train
-import ray.train.torch
-from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
 
 from ops.decoding import decode_image
 from ops.models import ClassifierSpec, build_classifier
 from pipelines.corpus.shardlist import look_up
 from pipelines.corpus.shards import iter_images
 from pipelines.curation.subsets import check_subset
-from pipelines.runs import column_groups, columns, storage
-from pipelines.runs.errors import StageFailed, UserError, concerning
+from pipelines.runs import column_groups, columns
+from pipelines.runs.errors import UserError, concerning
 from pipelines.runs.executor import Output, Stage, Task, write_shards
 from pipelines.runs.labels import label_sources
 from pipelines.runs.record import PRODUCTS, Run, fingerprint
 from pipelines.training.assess import EvaluationSet
-from pipelines.training.checkpoints import read_json, read_state
 from pipelines.training.groups import GroupRule, Resampling
-from pipelines.training.loop import Log, Plan, Recipe, Workplace, is_done, train_classifier
+from pipelines.training.loop import Plan, Recipe
 from pipelines.training.objective import Grouping, LossChoice
 from pipelines.training.source import Source
 from pipelines.training.survey import check_trainable, moments, survey
@@ -330,7 +318,7 @@ def _lineage(
     evaluated = None if eval_run is None else (eval_run.uri, _sources(eval_run, columns.EMBEDDINGS))
     config = {
         "loss": dataclasses.asdict(loss),
-        "recipe": dataclasses.asdict(recipe),
+        "recipe": _recipe_record(recipe),
         "choices": dataclasses.asdict(choices),
     }
     if subset is None:
@@ -348,135 +336,18 @@ def _lineage(
     }
 
 
+def _recipe_record(recipe: Recipe) -> dict[str, Any]:
+    """The recipe; without the precision where it is the one that there was before there was a choice."""
+    values = dataclasses.asdict(recipe)
+    if recipe.precision == "auto":
+        del values["precision"]
+    return values
+
+
 def _sources(run: Run, group: str) -> list[str]:
     if group == columns.EMBEDDINGS:
         return label_sources(run, run.embedding_facts())
     return [fact["source"] if fact else "" for fact in column_groups.all_facts(run.uri, group, len(run.shards))]
-
-
-@dataclasses.dataclass(frozen=True)
-class Workers:
-    """Ray Train's workers; none of it changes a result but the order of sums."""
-
-    count: int = 1
-    device: str = "cpu"
-    max_failures: int = 2
-
-
-def train(
-    plan: Plan, workers: Workers, log: Log | None = None, watch: Callable[[dict], None] | None = None
-) -> dict[str, Any]:
-    """Run a plan on Ray Train; goes on where an earlier attempt in the same folder stopped.
-
-    Parameters
-    ----------
-    log : callable
-        `log(metrics, epoch)`, called in rank 0's process: it must be picklable.
-    watch : callable
-        Called in this process with each new epoch's entry of the curve.
-
-    Returns
-    -------
-    result : dict
-        `curve`, `best` (epoch, from 0), `history` (2, N).
-
-    Raises
-    ------
-    StageFailed
-        If the workers failed more than `max_failures` times. What is saved stays; the same call goes on from there.
-    """
-    before = read_state(plan.state_path)
-    if before is not None and is_done(plan.recipe, before["epoch"], before["best"]):
-        return finished(plan)
-    cpus = ray.cluster_resources().get("CPU", 1)
-    share = max(1, int(cpus // workers.count)) if cpus >= workers.count else 0.9 * cpus / workers.count
-    trainer = ray.train.torch.TorchTrainer(
-        functools.partial(_work, device=workers.device),
-        train_loop_config={"plan": plan, "log": log},
-        torch_config=ray.train.torch.TorchConfig(backend="nccl" if workers.device == "cuda" else "gloo"),
-        scaling_config=ScalingConfig(
-            num_workers=workers.count, use_gpu=workers.device == "cuda", resources_per_worker={"CPU": share}
-        ),
-        run_config=RunConfig(
-            name=".ray", storage_path=plan.out, failure_config=FailureConfig(max_failures=workers.max_failures)
-        ),
-    )
-    follower = Follower(plan.out, watch)
-    try:
-        trainer.fit()
-    except TrainingFailedError as error:
-        raise _failure(error, plan) from error
-    finally:
-        follower.close()
-    storage.remove_tree(storage.join(plan.out, ".ray"))
-    return finished(plan)
-
-
-def finished(plan: Plan) -> dict[str, Any]:
-    """What a training in `plan.out` came to so far."""
-    state = read_state(plan.state_path)
-    return {name: state[name] for name in ("curve", "best", "history")}
-
-
-def _work(config: dict[str, Any], device: str) -> None:
-    """Ray Train worker."""
-    context = ray.train.get_context()
-    where = str(ray.train.torch.get_device()) if device == "cuda" else "cpu"
-    place = Workplace(context.get_world_rank(), context.get_world_size(), where)
-    report = functools.partial(_report, world=place.world)
-    train_classifier(config["plan"], place, config["log"], report)
-
-
-def _report(metrics: dict[str, float], epoch: int, world: int) -> None:
-    """Every rank must report; the report is also what keeps ranks together."""
-    ray.train.report({"epoch": epoch} | metrics)
-
-
-class Follower:
-    """A thread that hands each new entry of a training's curve to `watch`."""
-
-    def __init__(self, out: str, watch: Callable[[dict], None] | None, interval_s: float = 1.0):
-        self.path, self.watch, self.interval_s = storage.join(out, "curve.json"), watch, interval_s
-        self.seen = len(read_json(self.path) or [])
-        self.stop = threading.Event()
-        self.thread = threading.Thread(target=self._follow, daemon=True, name="follow")
-        self.thread.start()
-
-    def close(self) -> None:
-        """Hand over what is left, and stop."""
-        self.stop.set()
-        self.thread.join()
-
-    def _follow(self) -> None:
-        while not self.stop.wait(self.interval_s):
-            self._look()
-        self._look()
-
-    def _look(self) -> None:
-        if self.watch is None:
-            return
-        curve = read_json(self.path) or []
-        for epoch in range(self.seen, len(curve)):
-            self.watch({"epoch": epoch} | curve[epoch])
-        self.seen = max(self.seen, len(curve))
-
-
-def _failure(error: TrainingFailedError, plan: Plan) -> Exception:
-    """The first worker's own error, if it is the user's mistake or says what failed; else a StageFailed around it."""
-    failures = getattr(error, "worker_failures", None) or {}
-    causes = [_unwrapped(cause) for _, cause in sorted(failures.items())] or [error]
-    first = next((cause for cause in causes if isinstance(cause, StageFailed)), causes[0])
-    kept = f"the last saved epoch is kept in {plan.out}" if storage.exists(plan.state_path) else "no epoch was finished"
-    lines = [line for line in str(first).strip().splitlines() if line.strip()]
-    return StageFailed(
-        f"train: {type(first).__name__}: {lines[-1][:300] if lines else 'no message'}; {kept}, the same command goes on from there"
-    )
-
-
-def _unwrapped(error: BaseException) -> BaseException:
-    while (inner := getattr(error, "cause", None) or getattr(error, "_base_exc", None)) is not None:
-        error = inner
-    return error
 
 
 def check_correctness_group(name: str) -> None:
