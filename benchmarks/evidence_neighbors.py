@@ -1,14 +1,10 @@
-"""What neighbours find: wrong labels, leaks between CIFAR-10's test and training images, and planted duplicates.
+"""What neighbours find: wrong labels, and leaks between CIFAR-10's test and training images.
 
-    python benchmarks/evidence_neighbors.py labels   --cifar10 DIR --work WORK
-    python benchmarks/evidence_neighbors.py leaks    --cifar10 DIR --work WORK
-    python benchmarks/evidence_neighbors.py planted  --photos DIR --cifar10 DIR --work WORK
-    python benchmarks/evidence_neighbors.py speed
-    python benchmarks/evidence_neighbors.py cells
+    python benchmarks/evidence_neighbors.py labels --cifar10 DIR --work WORK
+    python benchmarks/evidence_neighbors.py leaks  --cifar10 DIR --work WORK
 
-DIR holds CIFAR-10's images as JPEG, CIFAR-10N's label sets, features of one encoder and make_shards.py; --photos is a folder
-of folders of photographs. WORK keeps what is made: shards, and runs over them whose embeddings are those features, or for
-other encoders (--run) runs of `hardset embed`. Results go into benchmarks/neighbors.md, a section each.
+DIR holds CIFAR-10's images as JPEG, CIFAR-10N's label sets, features of one encoder and make_shards.py. WORK keeps what is
+made: shards, and runs over them whose embeddings are those features. Results go into benchmarks/neighbors.md, a section each.
 """
 
 import argparse
@@ -39,11 +35,9 @@ PER_SHARD = 2_500
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("labels", "leaks", "planted", "speed", "cells"))
+    parser.add_argument("what", choices=("labels", "leaks"))
     parser.add_argument("--cifar10", type=Path)
-    parser.add_argument("--photos", type=Path)
     parser.add_argument("--work", type=Path)
-    parser.add_argument("--rows", type=int, default=100_000, help="of cells")
     parser.add_argument("--sizes", type=int, nargs="+", default=SIZES, help="of labels")
     options = parser.parse_args()
     sections = {
@@ -160,3 +154,7 @@ def leaks(options: argparse.Namespace) -> str:
         ["seconds of both searches", f"{seconds:.0f}"],
     ]
     return table(["", ""], rows)
+
+
+if __name__ == "__main__":
+    main()

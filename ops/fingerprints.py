@@ -18,6 +18,8 @@ GATE = 0.7  # correlation of rough shapes below which details are not compared
 FITS = 3  # scales at which details are compared, those at which the rough shapes fit best
 BLUR = 1.5  # pixels of the fingerprint: what is finer counts as detail
 FLAT = 2.0  # standard deviation of grey values below which a picture has nothing to compare
+EXTENT = 0.25  # share of a picture that its details fill below which chance makes pictures alike
+STRICTEST = 2.0  # a copy that was saved again still counts
 PAIRS = 64  # compared together: 40 MiB of windows
 
 
@@ -73,7 +75,9 @@ def picture_correlation(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     -----
     The rough shapes, grey values of 16 × 16, find the scales of the best fit; two pictures whose rough shapes correlate by
     less than `GATE` are two pictures. At the three best scales the correlation of details decides: the grey values less their blur of
-    `BLUR` pixels. Grey values alone take every dark ship on a light sea for the next.
+    `BLUR` pixels. Grey values alone take every dark ship on a light sea for the next. Few details agree by chance: where
+    those of one picture fill less than `EXTENT` of it (a horizon, a bird in the sky), what the correlation lacks to 1 is
+    multiplied by EXTENT / extent, at most by `STRICTEST`.
     """
     check_shape("first", first, ("n", SIDE, SIDE))
     check_shape("second", second, (len(first), SIDE, SIDE))
@@ -99,7 +103,23 @@ def _of_block(a: np.ndarray, b: np.ndarray) -> np.ndarray:
         scale, swapped = fit // 2, fit % 2
         one, other = (b, a) if swapped else (a, b)
         result[rows] = np.maximum(result[rows], _found_in(_details(one[rows]), _details(other[rows]), SCALES[scale]))
-    return result
+    stricter = np.clip(EXTENT / np.minimum(extent(a), extent(b)), 1, STRICTEST)
+    return np.maximum(0, 1 - (1 - result) * stricter)
+
+
+def extent(pictures: np.ndarray) -> np.ndarray:
+    """The share of each picture (n, 32, 32) that its details fill, (n,) in (0, 1]: of its rows times of its columns.
+
+    Of rows: (Σ e)² / (n Σ e²) with the energy e of the details in each of the n rows: 1 where all have the same, 1/n where
+    one has all of it.
+    """
+    inner = slice(SHIFT, SIDE - SHIFT)
+    energy = _details(pictures.astype(np.float32))[:, inner, inner] ** 2
+    shares = []
+    for axis in (1, 2):
+        line = energy.sum(axis=axis, dtype=np.float64)
+        shares.append(line.sum(axis=1) ** 2 / np.maximum(line.shape[1] * (line**2).sum(axis=1), 1e-12))
+    return np.maximum(shares[0] * shares[1], 1e-3)
 
 
 def _halved(pictures: np.ndarray) -> np.ndarray:

@@ -33,7 +33,7 @@ from pipelines.runs.progress import Progress
 from pipelines.runs.record import Run, fingerprint
 from pipelines.runs.tasks import in_order
 
-VERSION = 1  # of what the lists are made with; another one makes them again
+VERSION = 2  # of what the lists are made with; another one makes them again
 EXACT_PAIRS = 50_000**2
 CELL_SAMPLE = 50  # rows per cell that k-means sees
 SAMPLED = 2_000  # queries whose exact neighbours are found: half of them choose the probes, half measure the recall
