@@ -88,7 +88,7 @@ def _whitened(run_uri: str, number: int, shard: Shard, config: CorpusConfig, whi
     rows, vectors = table["row"].to_numpy(), columns.vectors(table["embedding"])
     directions = whitening.apply(vectors) if len(vectors) else np.zeros((0, len(whitening.mean)), np.float32)
     data = {"id": ids_of(number, rows), "vector": columns.vector_array(directions, pa.float32())}
-    pictures = pictures_of(number, shard, rows, config)
+    pictures = pictures_of(shard, rows, config)
     return pa.table(data | {name: pictures[name] for name in PICTURE_FIELDS})
 
 

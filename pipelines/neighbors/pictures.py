@@ -19,11 +19,11 @@ _SIZES = dict.fromkeys(("width", "height", "bytes"), pa.int64())
 PICTURE_FIELDS = {"sha256": pa.binary(16), "fingerprint": pa.binary(SIDE * SIDE)} | _SIZES
 
 
-def pictures_of(number: int, shard: Shard, rows: np.ndarray, config: CorpusConfig) -> pa.Table:
+def pictures_of(shard: Shard, rows: np.ndarray, config: CorpusConfig) -> pa.Table:
     """PICTURE_FIELDS of the ascending rows (n,) of a shard, which is read once; null where it cannot be read any more."""
     found: dict[int, tuple] = {}
     try:
-        for places, images in iter_images(number, shard, rows):
+        for places, images in iter_images(shard, rows):
             for row, data in zip(places.tolist(), images):
                 found[row] = _about(data, config)
     except (StorageError, FileNotFoundError):
