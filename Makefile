@@ -6,7 +6,8 @@ BIN    := $(VENV)/bin
 export RAY_ENABLE_UV_RUN_RUNTIME_ENV := 0
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: setup demo test test-slow lint bench style docs clean
+# Random kills of commands, each followed by the same command: docs/reliability.md. KILLS=300 for the whole table.
+.PHONY: setup demo test test-slow chaos lint bench style docs clean
 
 setup: $(VENV)/.ready
 $(VENV)/.ready: requirements.lock pyproject.toml
@@ -24,6 +25,9 @@ test: setup
 
 test-slow: setup
 	$(BIN)/python -m pytest -m "slow and not gpu" $(ARGS)
+
+chaos: setup
+	$(BIN)/python -m tests.chaos --kills $(or $(KILLS),50) --seed $(or $(SEED),0)
 
 lint: setup
 	$(BIN)/ruff check .

@@ -8,7 +8,7 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 import pytest
 
-from pipelines.runs import storage
+from pipelines.runs import local_files, storage
 
 
 @pytest.fixture(params=["local", "s3", "memory"])
@@ -147,3 +147,52 @@ def test_remove_tree_unlinks_a_link_and_spares_its_target(tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "kept")
     storage.remove_tree(tmp_path / "link")
     assert os.listdir(tmp_path) == ["kept"] and (tmp_path / "kept" / "x").exists()
+
+
+@pytest.mark.parametrize("place", ["subsets/hard/x.tar", "report/x.html", ".parts/x", "stages/x.json"])
+def test_nothing_is_written_or_deleted_through_a_link_inside_a_run(tmp_path, place):
+    """A stranger's run with a link to a folder of ours."""
+    (tmp_path / "ours").mkdir()
+    (tmp_path / "ours" / Path(place).name).write_text("ours")
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "run.json").write_text("{}")
+    folder = (run / place).parent
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    folder.symlink_to(tmp_path / "ours")
+    with pytest.raises(storage.StorageError, match="is a link inside a run directory"):
+        write(run / place, b"theirs")
+    with pytest.raises(storage.StorageError, match="is a link inside a run directory"):
+        storage.remove_tree(run / place)
+    assert (tmp_path / "ours" / Path(place).name).read_text() == "ours"
+    storage.remove_tree(folder)
+    assert not folder.is_symlink() and (tmp_path / "ours" / Path(place).name).exists()
+
+
+def test_a_run_behind_a_link_of_the_user_is_written(tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "disk")
+    write(tmp_path / "link/run.json", b"{}")
+    write(tmp_path / "link/stages/x.json", b"{}")
+    assert (tmp_path / "disk/stages/x.json").exists()
+
+
+def test_temporary_files_of_dead_writers_are_swept_others_stay(tmp_path):
+    import subprocess
+    import sys
+
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    ours = local_files.temporary_beside(tmp_path / "group" / "000000.parquet")
+    dead = ours.with_name(ours.name.replace(f"-{os.getpid()}-", f"-{gone.pid}-"))
+    elsewhere = ours.with_name(ours.name.replace(local_files._host(), "00000000"))
+    old = elsewhere.with_name(elsewhere.name[:-1] + "0")
+    ours.parent.mkdir()
+    for path in (ours, dead, elsewhere, old, ours.with_name("000000.parquet"), ours.with_name(".notes.tmp")):
+        path.write_text("x")
+    os.utime(old, (0, 0))
+    storage.sweep(tmp_path / "group")
+    left = {path.name for path in (tmp_path / "group").iterdir()}
+    assert left == {ours.name, elsewhere.name, "000000.parquet", ".notes.tmp"} - (
+        {elsewhere.name} if elsewhere == old else set()
+    )
