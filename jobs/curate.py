@@ -43,7 +43,7 @@ def curate(
             "embed": stages.embed(run, workers, corpus),
             "fit": stages.fit(run, gaussians, workers),
             **({"neighbors": stages.neighbors(run, K)} if also.neighbors else {}),
-            "score": stages.score(run, weights, workers),
+            "score": stages.score(run, gaussians, weights, workers),
             "select": stages.select_hard(run, selection, weights.seed, once=also.neighbors),
             "report": stages.report(run, tracker),
         }

@@ -134,6 +134,8 @@ class GaussianOptions:
     """score with the Gaussians of this other run, fit nothing"""
     shrinkage: str | float = "auto"
     """none, oas, a number in [0, 1], or auto: towards the diagonal, by what best predicts samples left out"""
+    labels: Literal["decided", "original"] = "decided"
+    """decided: the labels after hardset decide; original: those of the corpus, whatever was decided since"""
 
     def __post_init__(self) -> None:
         self.amount()

@@ -18,7 +18,7 @@ def score(
 
     if gaussians.gaussians is not None:
         stages.fit(run, gaussians, workers)
-    return stages.score(run, weights, workers)
+    return stages.score(run, gaussians, weights, workers)
 
 
 COMMAND = stage_command("score", __doc__, score, product="difficulty")

@@ -221,7 +221,7 @@ def fit(run: Run, gaussians: GaussianOptions, workers: WorkerOptions) -> dict[st
         say(f"fit: nothing fitted, Gaussians of {gaussians.gaussians} ({entry['samples']:,} samples)")
         return entry
     with run.lease(fitting.GAUSSIANS):
-        entry = fitting.fit(run, gaussians.amount(), array_device(workers))
+        entry = fitting.fit(run, gaussians.amount(), array_device(workers), gaussians.labels)
     done = "already fitted on" if entry["skipped"] else f"{duration(entry['seconds'])},"
     say(
         f"fit: {done} {entry['samples']:,} samples, {entry['classes']} classes, d = {entry['width']}, rank {entry['rank']}, "
@@ -255,12 +255,12 @@ def _bought(curve: dict[str, list], within: float, agnostic: float) -> str:
     return "samples left out of the Gaussians: " + "; ".join(parts) if parts else "shrinkage by the OAS formula"
 
 
-def score(run: Run, weights: WeightOptions, workers: WorkerOptions) -> dict[str, Any]:
+def score(run: Run, gaussians: GaussianOptions, weights: WeightOptions, workers: WorkerOptions) -> dict[str, Any]:
     """Write the difficulty columns."""
     weighting = part(weights, scoring.Weighting)
     with run.lease(columns.DIFFICULTY):
         centers = None if weights.kmeans is None else scoring.kmeans_centers(run, weights.kmeans, weights.seed)
-        counts = scoring.score(run, weighting, centers, array_device(workers))
+        counts = scoring.score(run, weighting, centers, array_device(workers), gaussians.labels)
     say(
         f"score: {counts['rows']:,} rows, {counts['shards_done']} shards done, "
         f"{counts['shards_skipped']} skipped, {duration(counts['seconds'])}"

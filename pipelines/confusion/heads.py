@@ -19,6 +19,7 @@ from ops.head_ensemble import HeadEnsemble, HeadEntropies
 from pipelines.confusion.members import Member, Placement, commit_epoch, load_epoch, load_resume, train_members
 from pipelines.runs import cluster, column_groups, columns
 from pipelines.runs.errors import UserError
+from pipelines.runs.labels import labels_of
 from pipelines.runs.record import Run
 from pipelines.training.source import Source
 from pipelines.training.survey import Survey, check_trainable, moments, survey
@@ -143,8 +144,10 @@ class Windows:
 
     def _shard(self, shard: int) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
         generators = [np.random.default_rng([seed, shard, 1]) for seed in self.seeds]
-        for batch in column_groups.iter_batches(self.run_uri, columns.EMBEDDINGS, shard, ["label", "embedding"]):
-            labels = columns.labels_or_minus_one(batch["label"])
+        given, start = labels_of(self.run_uri, shard).kept, 0
+        for batch in column_groups.iter_batches(self.run_uri, columns.EMBEDDINGS, shard, ["embedding"]):
+            labels = given[start : start + batch.num_rows]
+            start += batch.num_rows
             known = labels >= 0
             # Poisson(1) counts are the bootstrap's, drawn row by row, so that no one needs to know how many rows there are.
             drawn = [g.poisson(1.0, len(labels)) if self.bootstrap else np.ones(len(labels)) for g in generators]

@@ -21,6 +21,7 @@ import torch
 
 from pipelines.runs import cluster, storage
 from pipelines.runs.errors import StageFailed
+from pipelines.runs.labels import label_sources
 from pipelines.runs.record import Run, fingerprint
 
 FOLDER = "models/confusion"
@@ -74,7 +75,7 @@ def plan_members(run: Run, form: str, identity: Sequence[Any], seeds: Sequence[i
 
     A member is made from the run's shards, how it is trained (`identity`, JSON-able) and its seed.
     """
-    inputs = [facts["source"] for facts in run.embedding_facts()]
+    inputs = label_sources(run, run.embedding_facts())
     sources = {seed: fingerprint("confusion member", inputs, *identity, seed) for seed in seeds}
     return [find_member(run.uri, form, seed, source) for seed, source in sources.items()]
 

@@ -26,6 +26,7 @@ from pipelines.evaluation.evaluate import (
 from pipelines.evaluation.outcomes import PredictionSet, check_rows, load_outcomes, shard_logits
 from pipelines.runs import column_groups, columns, storage
 from pipelines.runs.errors import UserError
+from pipelines.runs.labels import labels_of
 from pipelines.runs.record import Run
 from pipelines.runs.tasks import in_order
 
@@ -121,13 +122,13 @@ def _trust_values(run: Run, name: str, shards: Sequence[int]) -> np.ndarray:
 
 
 def _shard_trust(shard: int, run_uri: str, name: str) -> np.ndarray:
-    truth = column_groups.read(run_uri, columns.EMBEDDINGS, shard, ["row", "label"])
+    truth = column_groups.read(run_uri, columns.EMBEDDINGS, shard, ["row"])
     found = column_groups.read(run_uri, f"{TRUST}/{name}", shard, ["row", "trust"])
     check_rows("trust", name, shard, truth["row"].to_numpy(), found["row"].to_numpy())
     z = found["trust"].cast(pa.float64()).fill_null(np.nan).to_numpy()
     if np.isnan(z).any():
         raise UserError(f"{name}: shard {shard}: {int(np.isnan(z).sum())} of {len(z)} values are NaN or null", "trust")
-    return z[columns.labels_or_minus_one(truth["label"]) >= 0]
+    return z[labels_of(run_uri, shard).kept >= 0]
 
 
 def out_of_distribution(

@@ -16,6 +16,7 @@ from ops.calibration import MetaCalibration, TemperatureScaling, reliability_cur
 from ops.selective import CONFIDENCES, confidence
 from pipelines.runs import column_groups, columns, joins, storage
 from pipelines.runs.errors import UserError
+from pipelines.runs.labels import labels_of
 from pipelines.runs.record import Run
 from pipelines.runs.tasks import in_order
 
@@ -214,13 +215,13 @@ def labelled_logits(
 
 def shard_logits(predictions: PredictionSet, shard: int) -> tuple[np.ndarray, np.ndarray]:
     """Finite logits (n, K) of every sample of a shard, and their labels, which may be beyond the classes."""
-    truth = column_groups.read(predictions.run_uri, columns.EMBEDDINGS, shard, ["row", "label"])
+    truth = column_groups.read(predictions.run_uri, columns.EMBEDDINGS, shard, ["row"])
     found = _read_logits(predictions, shard)
     rows = truth["row"].to_numpy()
     check_rows("predictions", predictions.name, shard, rows, found["row"].to_numpy())
     logits = columns.vectors(found["logits"])
     _check_finite(predictions, shard, rows, logits)
-    return logits, columns.labels_or_minus_one(truth["label"])
+    return logits, labels_of(predictions.run_uri, shard).kept
 
 
 def _read_logits(predictions: PredictionSet, shard: int) -> pa.Table:

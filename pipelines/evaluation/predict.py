@@ -19,6 +19,7 @@ from pipelines.evaluation.outcomes import PREDICTIONS, Calibrator, calibrated, p
 from pipelines.runs import column_groups, columns
 from pipelines.runs.errors import StageFailed, UserError
 from pipelines.runs.executor import Output, Stage, Task, execute
+from pipelines.runs.labels import label_sources, labels_of
 from pipelines.runs.record import Run, Shard, fingerprint
 from pipelines.training.decode import PictureDecoder
 
@@ -98,7 +99,7 @@ def predict(
     stage = Stage(
         f"predict/{name}",
         f"{PREDICTIONS}/{name}",
-        [fingerprint(PREDICTIONS, f["source"], digest, state) for f in embedded],
+        [fingerprint(PREDICTIONS, source, digest, state) for source in label_sources(run, embedded)],
         PredictShards,
         (run.uri, model, calibrator, forward, facts),
         rows=[f["rows"] for f in embedded],
@@ -117,8 +118,10 @@ class PredictShards:
         self.forward, self.facts = forward, facts
 
     def run(self, task: Task) -> Output:
-        names = [*(field.name for field in columns.KEYS), "label"]
+        names = [field.name for field in columns.KEYS]
         base = column_groups.read(self.run_uri, columns.EMBEDDINGS, task.shard, names)
+        labels = labels_of(self.run_uri, task.shard).labels
+        base = base.append_column(columns.LABEL, pa.array(labels, mask=labels < 0))
         logits = shard_forward(task.shard, task.entry, self.run_uri, base["row"].to_numpy(), self.model, self.forward)
         return Output(prediction_table(base, calibrated(logits, self.calibrator).astype(np.float32)), self.facts)
 

@@ -26,6 +26,7 @@ from pipelines.evaluation.predict import Forward, check_fits, input_batches, sha
 from pipelines.runs import cluster, column_groups, columns
 from pipelines.runs.errors import UserError, concerning
 from pipelines.runs.executor import Output, Stage, Task, write_shards
+from pipelines.runs.labels import label_sources, labels_of
 from pipelines.runs.record import Run, Shard, fingerprint
 from pipelines.runs.tasks import in_order
 from pipelines.training.checkpoints import read_classifier
@@ -144,8 +145,8 @@ def targets(run: Run, model: Classifier, forward: Forward, predictions: str | No
 
 
 def _shard_targets(shard: int, entry: Shard, run_uri: str, model: Classifier, forward: Forward) -> tuple:
-    base = column_groups.read(run_uri, columns.EMBEDDINGS, shard, ["row", "label"])
-    rows, labels = base["row"].to_numpy(), columns.labels_or_minus_one(base["label"])
+    rows = column_groups.read(run_uri, columns.EMBEDDINGS, shard, ["row"])["row"].to_numpy()
+    labels = labels_of(run_uri, shard).kept
     if len(labels) and labels.max() >= model.num_classes:
         raise UserError(
             f"{run_uri}: label {labels.max()} in shard {shard}, the classifier knows {model.num_classes} classes"
@@ -349,7 +350,7 @@ def trust(
     started = time.monotonic()
     digest = classifier_digest(model)
     recipe = fingerprint(
-        TRUST, digest, dataclasses.asdict(training), search, predictions, [f["source"] for f in run.embedding_facts()],
+        TRUST, digest, dataclasses.asdict(training), search, predictions, label_sources(run, run.embedding_facts()),
         _predicted(run, predictions),
     )  # fmt: skip
     group, before = f"{TRUST}/{name}", run.stage(f"trust/{name}")

@@ -27,6 +27,11 @@ class Labels(NamedTuple):
     labels: np.ndarray
     dropped: np.ndarray
 
+    @property
+    def kept(self) -> np.ndarray:
+        """The labels (rows,), -1 for dropped samples too: those that classifiers are trained and judged with."""
+        return np.where(self.dropped, -1, self.labels)
+
 
 def labels_of(run_uri: str, shard: int, which: Which = "decided") -> Labels:
     """The labels of one shard; `original`: as the corpus gives them, whatever was decided."""

@@ -63,8 +63,8 @@ A, B = [("a.jpg", b"img"), ("a.cls", b"1")], [("b.jpg", b"img"), ("b.cls", b"2")
     [
         ([("x.cls", b"1")], "x", "missing image", "x.cls"),
         ([("x.b.txt", b"img"), ("x.cls", b"1")], "x", "missing image", "x.b.txt"),
-        ([("x.b.jpg", b"1"), ("x.c.png", b"2"), ("x.cls", b"1")], "x", "x.b.jpg and x.c.png (--image", "x.c.png"),
-        ([("x.jpg", b"1"), ("x.a.cls", b"2"), ("x.b.cls", b"1")], "x", "x.a.cls and x.b.cls (--label-", "x.b.cls"),
+        ([("x.b.jpg", b"1"), ("x.c.png", b"2"), ("x.cls", b"1")], "x", "x.b.jpg and x.c.png (image", "x.c.png"),
+        ([("x.jpg", b"1"), ("x.a.cls", b"2"), ("x.b.cls", b"1")], "x", "x.a.cls and x.b.cls (label_", "x.b.cls"),
         ([("x.jpg", b""), ("x.cls", b"1")], "x", "empty image", "x.jpg"),
         ([("x.jpg", b"img"), ("x.png", b"img"), ("x.cls", b"1")], "x", "two image members", "x.png"),
         ([("x.jpg", b"img")], "x", "missing label: no cls member", "x.jpg"),
