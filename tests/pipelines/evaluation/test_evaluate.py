@@ -162,18 +162,18 @@ def broken(name):
 @pytest.mark.parametrize(
     ("what", "message"),
     [
-        ("nan", r"--predictions p: shard 1: 1 of 8 rows have NaN logits \(first: row 3\)"),
-        ("infinite", r"--predictions p: shard 1: 1 of 8 rows have infinite logits"),
-        ("missing row", r"--predictions p: shard 1: 1 of 8 samples are missing \(first: row 7\)"),
-        ("foreign row", r"--predictions p: shard 1: 1 of 8 samples are missing \(first: row 7\)"),
-        ("repeated row", r"--predictions p: shard 1: 9 rows for 8 samples"),
-        ("another order", r"--predictions p: shard 1: 8 rows for 8 samples, repeated or not in shard order"),
+        ("nan", r"predictions p: shard 1: 1 of 8 rows have NaN logits \(first: row 3\)"),
+        ("infinite", r"predictions p: shard 1: 1 of 8 rows have infinite logits"),
+        ("missing row", r"predictions p: shard 1: 1 of 8 samples are missing \(first: row 7\)"),
+        ("foreign row", r"predictions p: shard 1: 1 of 8 samples are missing \(first: row 7\)"),
+        ("repeated row", r"predictions p: shard 1: 9 rows for 8 samples"),
+        ("another order", r"predictions p: shard 1: 8 rows for 8 samples, repeated or not in shard order"),
         (
             "other classes in one shard",
-            r"--predictions p: logits of different class counts: 3 \(shard 0\), 2 \(shard 1\)",
+            r"predictions p: logits of different class counts: 3 \(shard 0\), 2 \(shard 1\)",
         ),
-        ("no logits", r"--predictions p: shard 1 has no column 'logits'"),
-        ("null logits", r"--predictions p: shard 1: cannot be read, its logits are null somewhere"),
+        ("no logits", r"predictions p: shard 1 has no column 'logits'"),
+        ("null logits", r"predictions p: shard 1: cannot be read, its logits are null somewhere"),
     ],
 )
 def test_a_broken_prediction_set_is_refused_by_name_shard_and_row(own, what, message):

@@ -244,11 +244,11 @@ def test_bad_choices_are_found_before_any_work(plans, runs, tmp_path):
         "no confusion/": {"choices": {"groups": GroupRule.parse("confusion.confusion:5")}},
         "no samples": {"choices": {"groups": GroupRule.parse("difficulty.rmd:1000")}},
         "same encoder": {"eval_run": other},
-        "--model": {"choices": {"model": "resnet18"}},
-        "--lr": {"lr": 0.0},
-        "--upsample": {"choices": {"sampler": "upsample"}},
-        "--weights": {"loss": LossChoice("difficulty_entropy")},
-        "--holdout": {"choices": {"holdout": 0.0}},
+        "^model ": {"choices": {"model": "resnet18"}},
+        "^lr ": {"lr": 0.0},
+        "^upsample ": {"choices": {"sampler": "upsample"}},
+        "^weights ": {"loss": LossChoice("difficulty_entropy")},
+        "^holdout ": {"choices": {"holdout": 0.0}},
     }
     for message, values in bad.items():
         with pytest.raises(ValueError, match=message):
