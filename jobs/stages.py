@@ -20,9 +20,9 @@ from pipelines.curation import embed as embedding
 from pipelines.curation import fit as fitting
 from pipelines.curation import score as scoring
 from pipelines.curation import select as selecting
+from pipelines.curation.votes import NEIGHBORS
 from pipelines.curation.workers import Resources
 from pipelines.neighbors import stage as finding
-from pipelines.neighbors.lists import NEIGHBORS
 from pipelines.runs import cluster, column_groups, columns, storage
 from pipelines.runs.errors import UserError, concerning
 from pipelines.runs.progress import bottleneck, duration

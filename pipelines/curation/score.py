@@ -45,6 +45,8 @@ class Scorer(NamedTuple):
         Of k-means.
     margins, votes : RankTable, or None
         Among the run's samples; None where there is no such score.
+    voters : LabelTable, or None
+        The labels that neighbours vote with.
     labels : {"decided", "original"}
     device : str
     """
@@ -56,6 +58,7 @@ class Scorer(NamedTuple):
     centers: np.ndarray | None
     margins: RankTable | None
     votes: RankTable | None
+    voters: votes.LabelTable | None
     labels: Which
     device: str
 
@@ -78,7 +81,9 @@ class ScoreShards:
         return Output(self._tables(task.shard), facts={"together": self.together}, schema=self.schema)
 
     def _tables(self, shard: int) -> Iterator[pa.Table]:
-        vote = None if self.scorer.votes is None else votes.of_shard(self.run_uri, shard)
+        scorer, vote = self.scorer, None
+        if scorer.voters is not None:
+            vote = votes.of_shard(self.run_uri, shard, scorer.voters, scorer.labels)
         beside, start = tuple(field.name for field in columns.KEYS), 0
         for part in iter_embedded(self.run_uri, shard, self.scorer.views_read, beside, self.scorer.labels):
             rows = slice(start, start + len(part.labels))
@@ -211,10 +216,14 @@ def score(
     how = _how(weighting, centers, labelled, gaussians, voted)
     sources = [fingerprint(columns.DIFFICULTY, source, *how) for source in labelled]
     pending = column_groups.pending(run.uri, columns.DIFFICULTY, sources)
-    tables: tuple[RankTable | None, RankTable | None] = (None, None)
+    margin_ranks = vote_ranks = voters = None
     if pending and judged:
-        tables = _margin_ranks(run, gaussians, fitted, labelled, labels, device), voted and votes.ranks(run)
-    scorer = Scorer(gaussians, fitted, run.config.views, weighting, centers, *tables, labels, device)
+        margin_ranks = _margin_ranks(run, gaussians, fitted, labelled, labels, device)
+    if pending and voted:
+        voters = votes.LabelTable.of(run.uri, len(facts), labels)
+        vote_ranks = votes.ranks(run, voters, labels)
+    ranks = (margin_ranks, vote_ranks, voters)
+    scorer = Scorer(gaussians, fitted, run.config.views, weighting, centers, *ranks, labels, device)
     gpus = 1 if device == "cuda" else 0
     arguments, rows = (run.uri, scorer, fingerprint(columns.DIFFICULTY, *how)), [f["rows"] for f in facts]
     stage = Stage("score", columns.DIFFICULTY, sources, ScoreShards, arguments, rows=rows, num_gpus=gpus)

@@ -1,20 +1,17 @@
 """The column group: the lists of a shard's samples, what each is a duplicate of, and the vote on its label."""
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 
-from ops.neighbors import vote
+from pipelines.curation.votes import LabelTable, votes_of
 from pipelines.neighbors.ids import ids_of, shards_and_rows
 from pipelines.runs import column_groups, columns, storage
 from pipelines.runs.executor import Output, Task
 from pipelines.runs.labels import labels_of
-from pipelines.runs.tasks import in_order
 
-NEIGHBORS = "neighbors"
 SAME, IDENTICAL = "same", "identical"
 
 SCHEMA = pa.schema(
@@ -52,43 +49,6 @@ class Duplicates(NamedTuple):
     of: np.ndarray
     correlation: np.ndarray
     identical: np.ndarray
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class LabelTable:
-    """The labels of a run by shard and row: 4 bytes a sample.
-
-    Attributes
-    ----------
-    starts : ndarray of shape (shards + 1,), int64
-        Where each shard's labels begin.
-    labels : ndarray of shape (N,), int32
-        −1 = none.
-    """
-
-    starts: np.ndarray
-    labels: np.ndarray
-
-    @classmethod
-    def of(cls, run_uri: str, num_shards: int) -> "LabelTable":
-        """The labels that a run has now, those of dropped samples left out: they vote no more."""
-        parts = list(in_order(_voting_labels, [(run_uri, shard) for shard in range(num_shards)]))
-        starts = np.cumsum([0, *map(len, parts)])
-        labels = np.concatenate(parts) if parts else np.empty(0, np.int32)
-        return cls(starts, labels)
-
-    def at(self, shards: np.ndarray, rows: np.ndarray) -> np.ndarray:
-        """The labels of samples; arrays of any shape."""
-        return self.labels[self.starts[shards] + rows]
-
-
-def _voting_labels(run_uri: str, shard: int) -> np.ndarray:
-    """Ray task: a shard's labels by row, −1 where there is no sample or it was dropped."""
-    rows = column_groups.read(run_uri, columns.EMBEDDINGS, shard, ["row"])["row"].to_numpy()
-    labels, dropped = labels_of(run_uri, shard)
-    table = np.full(rows.max(initial=-1) + 1, -1, np.int32)
-    table[rows] = np.where(dropped, -1, labels)
-    return table
 
 
 class WriteLists:
@@ -169,15 +129,6 @@ class WriteLists:
     def _with_vote(self, table: pa.Table, shard: int) -> pa.Table:
         if self.labels is None:
             return table
-        n = table.num_rows
-        neighbors = table["neighbor_row"].combine_chunks()
-        lengths = np.diff(neighbors.offsets.to_numpy())
-        width = int(lengths.max(initial=0))
-        there = np.arange(width) < lengths[:, None]
-        labels, weight = np.full((n, width), -1), np.zeros((n, width))
-        shards = table["neighbor_shard"].combine_chunks().flatten().to_numpy()
-        labels[there] = self.labels.at(shards, neighbors.flatten().to_numpy())
-        weight[there] = table["similarity"].combine_chunks().flatten().to_numpy()
-        votes = vote(labels_of(self.run_uri, shard).labels, labels, weight)
+        votes = votes_of(table, labels_of(self.run_uri, shard).labels, self.labels)
         at = table.schema.get_field_index("vote")
         return table.set_column(at, SCHEMA.field("vote"), columns.nullable(votes))

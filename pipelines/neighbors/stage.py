@@ -19,11 +19,12 @@ import numpy as np
 from ops.cells import fit_cells, recall_by_probes
 from ops.neighbors import Nearest, merged, recall
 from ops.whitening import Whitening
+from pipelines.curation.votes import NEIGHBORS, LabelTable
 from pipelines.neighbors import filing, search
 from pipelines.neighbors.filing import blocks_of, file_block
 from pipelines.neighbors.groups import duplicates_in_another, duplicates_within, read_edges
 from pipelines.neighbors.ids import ids_of, shards_and_rows
-from pipelines.neighbors.lists import NEIGHBORS, Duplicates, LabelTable, WriteLists
+from pipelines.neighbors.lists import Duplicates, WriteLists
 from pipelines.neighbors.space import even_sample, whitening_of
 from pipelines.runs import column_groups, columns, storage
 from pipelines.runs.errors import UserError

@@ -166,7 +166,7 @@ def awkward(draw):
     x = (x * scale * units).astype(dtype)
     wide = x.astype(np.float64)
     spread = np.stack([np.ptp(wide[labels == k], axis=0) for k in np.unique(labels)]).max(axis=0)
-    assume((spread > 0.01 * np.ptp(wide, axis=0)).any() and (spread > 1e-3 * np.abs(wide).max(axis=0)).any())
+    assume(((spread > 0.01 * np.ptp(wide, axis=0)) & (spread > 1e-3 * np.abs(wide).max(axis=0))).any())
     return x, labels, classes
 
 

@@ -1,11 +1,13 @@
 """Fit and score over shards equal the ops on the whole array, whatever the cut."""
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from ops.difficulty import Reference, difficulty_weight
 from ops.gaussian import GaussianStats
-from pipelines.curation import fit, score
+from ops.neighbors import vote
+from pipelines.curation import fit, score, votes
 from pipelines.runs import column_groups, columns, joins, storage
 from pipelines.runs.errors import UserError
 from pipelines.runs.record import Run
@@ -234,19 +236,24 @@ def test_ranks_that_are_lost_or_of_others_are_counted_again(tmp_path):
 
 
 def test_the_votes_of_neighbours_are_half_of_label_error(tmp_path):
-    run = make_run(tmp_path)[0]
+    """From the lists and the labels; the column of votes, which may be of older labels, is not read."""
+    run, _, labels = make_run(tmp_path)
     margin = column(scored(run), "margin")
-    rng = np.random.default_rng(0)
-    vote, start = rng.uniform(-1, 1, 100).astype(np.float32), 0
-    for shard, size in enumerate((40, 25, 35)):
-        keys = column_groups.read(run.uri, "embeddings", shard, ["key", "shard", "row"])
-        column_groups.write(
-            run.uri, "neighbors", shard, keys.append_column("vote", [vote[start : start + size]]), f"by hand {shard}"
-        )
-        start += size
+    rng, sizes = np.random.default_rng(0), (40, 25, 35)
+    starts = np.cumsum([0, *sizes])
+    neighbors, similarity = rng.integers(0, 100, (100, 5)), rng.uniform(0, 1, (100, 5)).astype(np.float32)
+    for shard, size in enumerate(sizes):
+        rows = slice(starts[shard], starts[shard + 1])
+        table = column_groups.read(run.uri, "embeddings", shard, ["key", "shard", "row"])
+        of_shard = np.searchsorted(starts, neighbors[rows], side="right") - 1
+        lists = (of_shard, neighbors[rows] - starts[of_shard], similarity[rows])
+        for name, values, kind in zip(votes.LISTS, lists, (pa.int32(), pa.int64(), pa.float32())):
+            table = table.append_column(name, pa.array(values.tolist(), pa.list_(kind)))
+        stale = pa.nulls(size, pa.float32())
+        column_groups.write(run.uri, "neighbors", shard, table.append_column("vote", stale), f"by hand {shard}")
     counts = score.score(run, score.Weighting())
     assert counts["shards_done"] == 3 and counts["label_error_of"] == ["margin", "vote"]
-    expected = (percentile_ranks(margin) + percentile_ranks(vote)) / 2
+    expected = (percentile_ranks(margin) + percentile_ranks(vote(labels, labels[neighbors], similarity))) / 2
     np.testing.assert_allclose(column(all_columns(run), "label_error"), expected, rtol=1e-5)
 
 
