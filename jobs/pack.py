@@ -11,6 +11,7 @@ from typing import Any
 from jobs.command import Command, say
 from jobs.options import SessionOptions, at_least, named
 from jobs.session import ray_session
+from pipelines.runs import credentials
 from pipelines.runs.errors import UserError
 
 
@@ -74,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         words = with_flags(sys.argv[1:] if argv is None else argv)
     except UserError as error:
-        sys.stderr.write(f"hardset pack: error: {error.message}\n")
+        sys.stderr.write(credentials.redact(f"hardset pack: error: {error.message}\n"))
         return 2
     return COMMAND.main(words)
 

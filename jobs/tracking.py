@@ -19,6 +19,7 @@ import tempfile
 import threading
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -226,9 +227,11 @@ def _has_tables(path: Path, uri: str) -> bool:
 
 
 def _check_answers(uri: str, tries: int = 3) -> None:
+    place = urllib.parse.urlsplit(uri)
+    bare = place._replace(netloc=place.netloc.rpartition("@")[2]).geturl()  # urllib takes no user and password in it
     for attempt in range(tries):
         try:
-            urllib.request.urlopen(uri, timeout=5).close()
+            urllib.request.urlopen(bare, timeout=5).close()
             return
         except urllib.error.HTTPError:
             return  # somebody is there; what MLflow makes of it comes later

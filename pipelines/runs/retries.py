@@ -16,6 +16,8 @@ import time
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
+from pipelines.runs import credentials
+
 RETRY_VARIABLE = "HARDSET_STORAGE_RETRY_S"  # also reaches the workers of a Ray started by the command
 RETRY_S = 300.0
 FIRST_WAIT_S, LONGEST_WAIT_S, JITTER_S = 0.5, 20.0, 1.0
@@ -224,7 +226,7 @@ _waits = _Waits()
 
 
 def _say(text: str) -> None:
-    print(f"hardset: {text}", file=sys.stderr, flush=True)
+    print(f"hardset: {credentials.redact(text)}", file=sys.stderr, flush=True)
 
 
 def _short(error: BaseException | None) -> str:

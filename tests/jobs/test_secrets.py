@@ -8,13 +8,16 @@ from pathlib import Path
 import boto3
 import pytest
 
-from tests.pipelines.synthetic import make_run, write_shards
+from pipelines.corpus.shards import expand_shards
+from pipelines.runs import credentials
+from pipelines.runs.record import Run
+from tests.pipelines.synthetic import make_run
 
 ROOT = Path(__file__).parents[2]
 SECRETS = ("KEYKEYKEY", "SEC/RETSECRET", "SEC%2FRETSECRET", "hunter2hunter2")
 
 
-def run(*words, cwd, variables=()):
+def start(*words, cwd, variables=()):
     """A command in a process of its own; what it printed, without the credentials of the tests in its environment."""
     environment = {k: v for k, v in os.environ.items() if k not in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")}
     environment |= {"PYTHONPATH": str(ROOT), "AWS_SHARED_CREDENTIALS_FILE": os.devnull} | dict(variables)
@@ -28,34 +31,41 @@ def leaks(data, where):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
-def test_a_run_and_all_it_leaves_behind_hold_no_credentials(s3_server, s3_folder, tmp_path):
+@pytest.mark.timeout(900)
+def test_a_run_and_all_it_leaves_behind_hold_no_credentials(s3_server, s3_folder, tmp_path, monkeypatch):
+    monkeypatch.setenv(credentials.VARIABLE, "")
     bucket = s3_folder.split("/")[2]
+    base = f"s3://KEYKEYKEY:SEC%2FRETSECRET@{bucket}"
     client = boto3.client("s3", endpoint_url=s3_server)
-    write_shards(tmp_path / "shards", (12, 12))
+    by_hand = make_run(tmp_path, (12, 12))[0]
     for file in (tmp_path / "shards").glob("*.tar"):
         client.upload_file(str(file), bucket, f"shards/{file.name}")
-    base = f"s3://KEYKEYKEY:SEC%2FRETSECRET@{bucket}"
-    words = ["--run", f"{base}/run", "--mlflow", f"sqlite:///{tmp_path}/mlflow.db"]
-    corpus = ["--shards", f"{base}/shards/train-00000{{0..1}}.tar", "--encoder", "pixels:2"]
+    run = Run.create(f"{base}/run", by_hand.config, expand_shards(f"{base}/shards/train-00000{{0..1}}.tar"))
+    run.set_classes(by_hand.classes)
+    for file in (tmp_path / "run/embeddings").iterdir():
+        client.upload_file(str(file), bucket, f"run/embeddings/{file.name}")
+    run.finish_stage("embed", rows=24, left_out=0, seconds=0.0)
+    monkeypatch.setenv(credentials.VARIABLE, "")
+    words, tracked = ["--run", f"{base}/run"], ["--mlflow", f"sqlite:///{tmp_path}/mlflow.db"]
+    untracked = ["--mlflow", "none"]
     said = ""
     for command in (
-        ["jobs.curate", *words, *corpus, "--where", "", "--json"],
-        ["jobs.inspect", *words],
-        ["jobs.export", "--run", f"{base}/run", "--to", "table", "--out", str(tmp_path / "table.parquet")],
-    ):
-        done = run(*command, cwd=tmp_path)
+        ["jobs.fit", *words, *untracked], ["jobs.score", *words, *untracked], ["jobs.select", *words, *tracked, "--json"],
+        ["jobs.report", *words, *tracked], ["jobs.inspect", *words, "--json"],
+        ["jobs.export", *words, "--to", "table", "--out", str(tmp_path / "table.parquet")],
+    ):  # fmt: skip
+        done = start(*command, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
         said += done.stdout + done.stderr
     found = leaks(said.encode(), "what was printed")
-    for entry in client.list_objects_v2(Bucket=bucket)["Contents"]:
-        found += leaks(
-            entry["Key"].encode() + client.get_object(Bucket=bucket, Key=entry["Key"])["Body"].read(), entry["Key"]
-        )
+    names = [entry["Key"] for entry in client.list_objects_v2(Bucket=bucket)["Contents"]]
+    for name in names:
+        found += leaks(name.encode() + client.get_object(Bucket=bucket, Key=name)["Body"].read(), name)
     for path in tmp_path.rglob("*"):
         found += leaks(path.read_bytes(), path) if path.is_file() else []
     assert found == []
-    assert (tmp_path / "mlflow.db").exists() and client.get_object(Bucket=bucket, Key="run/report/index.html")
+    assert {"run/report/index.html", "run/subsets/hard/manifest.parquet", "run/stages/score.json"} <= set(names)
+    assert (tmp_path / "mlflow.db").exists() and f"s3://{bucket}/run" in said
 
 
 @pytest.mark.parametrize(
@@ -70,6 +80,6 @@ def test_a_run_and_all_it_leaves_behind_hold_no_credentials(s3_server, s3_folder
 )  # fmt: skip
 def test_no_mistake_is_told_with_a_credential(s3_server, tmp_path, words, status):
     made = make_run(tmp_path, (10,))[0].uri
-    done = run(*(made if word == "RUN" else word for word in words), cwd=tmp_path)
+    done = start(*(made if word == "RUN" else word for word in words), cwd=tmp_path)
     assert done.returncode == status, done.stderr
     assert leaks((done.stdout + done.stderr).encode(), "what was printed") == []
