@@ -13,7 +13,6 @@ from typing import Any
 from jobs.command import Command, say
 from jobs.options import RunOptions
 from jobs.session import tracked
-from pipelines.evaluation import compare as comparing
 from pipelines.runs import credentials
 from pipelines.runs.errors import UserError
 from pipelines.runs.record import Run
@@ -51,6 +50,8 @@ class CompareOptions:
 
 def compare(options: MaybeRunOptions, comparison: CompareOptions) -> dict[str, Any]:
     """Print and return the agreement, or the table of trainings; reads only, without Ray."""
+    from pipelines.evaluation import compare as comparing  # scipy.stats, which --help does not wait for
+
     if comparison.models:
         if options.run is not None:
             raise UserError("compares trainings, `run` and `other` columns; one of the two", "models")
@@ -82,6 +83,8 @@ def _without_nan(value: Any) -> Any:
 
 
 def _error_curves(runs: tuple[Run, Run], names: tuple[str, str], comparison: CompareOptions) -> dict[str, Any]:
+    from pipelines.evaluation import compare as comparing
+
     return {
         f"{run.uri} {name}": comparing.error_curve(run, name, comparison.predictions, comparison.bands)
         for run, name in dict.fromkeys(zip(runs, names))

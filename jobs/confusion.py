@@ -5,20 +5,18 @@ hardset confusion --run RUN --seeds 3 --epochs 20 --score-run RUN2
 
 import dataclasses
 import sys
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from jobs import stages
 from jobs.command import Command, say
 from jobs.options import RunOptions, WorkerOptions
 from jobs.session import ray_session, tracked
-from pipelines.confusion import heads, images
-from pipelines.confusion import score as scoring
-from pipelines.confusion.members import Member, Placement, plan_members, report
 from pipelines.runs.errors import UserError
-from pipelines.runs.progress import duration
-from pipelines.runs.record import Run
-from pipelines.training.source import Source
-from pipelines.training.survey import survey
+
+if TYPE_CHECKING:
+    from pipelines.confusion.heads import HeadTraining
+    from pipelines.confusion.images import ImageTraining
+    from pipelines.confusion.members import Member, Placement
+    from pipelines.runs.record import Run
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -71,6 +69,13 @@ class ConfusionOptions:
 
 def confusion(options: RunOptions, ensemble: ConfusionOptions) -> dict[str, Any]:
     """Train what is not trained yet, then score the run, and the other one where one is given."""
+    from pipelines.confusion import heads, images
+    from pipelines.confusion import score as scoring
+    from pipelines.confusion.members import plan_members, report
+    from pipelines.runs.record import Run
+    from pipelines.training.source import Source
+    from pipelines.training.survey import survey
+
     run = Run.open(options.run)
     other = None if ensemble.score_run is None else Run.open(ensemble.score_run, "score_run")
     if other is not None:
@@ -106,8 +111,10 @@ def confusion(options: RunOptions, ensemble: ConfusionOptions) -> dict[str, Any]
     return result
 
 
-def _training(ensemble: ConfusionOptions) -> heads.HeadTraining | images.ImageTraining:
+def _training(ensemble: ConfusionOptions) -> "HeadTraining | ImageTraining":
     """How the members are trained: the options that were given, over the defaults of the input."""
+    from pipelines.confusion import heads, images
+
     chosen = {"model": ensemble.model, "learning_rate": ensemble.lr, "weight_decay": ensemble.weight_decay}
     chosen = {name: value for name, value in chosen.items() if value is not None}
     if ensemble.input == "embeddings":
@@ -117,7 +124,10 @@ def _training(ensemble: ConfusionOptions) -> heads.HeadTraining | images.ImageTr
     return training
 
 
-def _place(ensemble: ConfusionOptions) -> Placement:
+def _place(ensemble: ConfusionOptions) -> "Placement":
+    from jobs import stages
+    from pipelines.confusion.members import Placement
+
     found = stages.resources(WorkerOptions(device=ensemble.device, workers=ensemble.workers))
     return Placement(found.device, found.workers, found.cpus_per_worker, ensemble.score_batch)
 
@@ -128,8 +138,12 @@ def _warn(diverged: dict[int, str], dropped: bool) -> None:
 
 
 def _score(
-    run: Run, trained: Run, members: list[Member], ensemble: ConfusionOptions, place: Placement
+    run: "Run", trained: "Run", members: "list[Member]", ensemble: ConfusionOptions, place: "Placement"
 ) -> dict[str, Any]:
+    from pipelines.confusion import heads, images
+    from pipelines.confusion import score as scoring
+    from pipelines.runs.progress import duration
+
     scorer = heads.HeadScorer if ensemble.input == "embeddings" else images.NetworkScorer
     with run.lease(scoring.CONFUSION):
         counts = scoring.score(run, trained, members, ensemble.epochs, scorer, place)

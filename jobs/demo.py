@@ -6,17 +6,17 @@ hardset demo
 import dataclasses
 import pathlib
 import sys
+from typing import TYPE_CHECKING
 
 from jobs.command import Command, say
 from jobs.curate import main as curate
 from jobs.options import RunOptions, named
 from jobs.session import ray_session
-from pipelines.corpus.digits import Faults, findings, write_digits
-from pipelines.report.gallery import contact_sheet
-from pipelines.runs import joins, storage
 from pipelines.runs.errors import UserError
-from pipelines.runs.record import Run
-from pipelines.summary import quarantine_reasons
+
+if TYPE_CHECKING:
+    from pipelines.corpus.digits import Faults
+    from pipelines.runs.record import Run
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,6 +36,11 @@ class DemoOptions:
 
 def demo(options: DemoOptions) -> dict:
     """Write the corpus, curate it, and say how well the faults were found."""
+    from pipelines.corpus.digits import findings, write_digits
+    from pipelines.report.gallery import contact_sheet
+    from pipelines.runs import joins, storage
+    from pipelines.runs.record import Run
+
     out = pathlib.Path(options.out).resolve()
     marker = out / ".hardset-demo"
     for part in ("shards", "run"):
@@ -67,7 +72,9 @@ def demo(options: DemoOptions) -> dict:
 _SCORES = ["difficulty.rmd", "difficulty.margin", "difficulty.md", "embeddings.embedding"]
 
 
-def _show(found: dict, run: Run, faults: Faults) -> None:
+def _show(found: dict, run: "Run", faults: "Faults") -> None:
+    from pipelines.summary import quarantine_reasons
+
     auroc = found["auroc_flipped"]
     say("\nfinding the flipped labels, AUROC: " + ", ".join(f"{name} {value:.3f}" for name, value in auroc.items()))
     rows = " ".join(f"{value:8.2f}" for value in found["mean_rmd_by_severity"])

@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
-from sklearn.isotonic import IsotonicRegression
 
 from ops.arrays import Array, like, to_numpy
 from ops.checks import (
@@ -434,6 +433,8 @@ def _threshold_at_accuracy(entropies: np.ndarray, correct: np.ndarray, accuracy:
     if not filled.any():
         raise ValueError(f"threshold_rows: all {len(place)} entropies are equal, no threshold parts them; give more")
     reached = np.cumsum(hits[filled] / count[filled]) / np.arange(1, filled.sum() + 1)
+    from sklearn.isotonic import IsotonicRegression  # seconds to import, which the metrics need not wait for
+
     regression = IsotonicRegression(increasing=False).fit(reached, sums[filled] / count[filled])
     threshold = float(regression.predict([accuracy])[0])
     if np.isnan(threshold):

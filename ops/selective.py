@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 import numpy as np
 from scipy.special import entr, xlogy
-from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 
 from ops.arrays import Array, like, to_numpy
 from ops.checks import (
@@ -261,6 +260,9 @@ def detection_metrics(confidence: Array, correct: Array) -> DetectionMetrics:
     From scikit-learn. Luo et al. 2021 negate the confidence for AUPR-error in the text but not in the released code,
     where lower is then better; here it is negated. Other released code has four more rules for FPR95.
     """
+    # Seconds to import, which the curves need not wait for.
+    from sklearn.metrics import average_precision_score, roc_auc_score
+
     ranks, correct = _ranks(*_check_outcomes(confidence, correct))
     return DetectionMetrics(
         fpr95=_operating_point(ranks, correct, 0.95)[0],
@@ -393,6 +395,8 @@ def _ranks(confidence: np.ndarray, correct: np.ndarray) -> tuple[np.ndarray, np.
 def _operating_point(scores: np.ndarray, correct: np.ndarray, tpr: float) -> tuple[float, float]:
     """False-positive rate and score at the first threshold with at least `tpr`."""
     # collinear points are kept: dropping them moves the threshold
+    from sklearn.metrics import roc_curve
+
     false_rates, true_rates, thresholds = roc_curve(correct, scores, drop_intermediate=False)
     first = int(np.argmax(true_rates >= tpr))
     return float(false_rates[first]), float(thresholds[first])

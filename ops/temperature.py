@@ -6,7 +6,6 @@ Works in float64 on blocks of rows, whatever the dtype of the logits: an N x K c
 from collections.abc import Callable, Iterator
 
 import numpy as np
-from scipy.optimize import brentq
 
 BOUNDS = (1e-3, 1e3)  # of T
 BLOCK = 1 << 18  # entries of an N x K matrix worked on at a time: 2 MiB in float64, which stay in the cache
@@ -52,6 +51,8 @@ def best_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
     bound = BOUNDS[0] if slope < 0 else BOUNDS[1]
     temperature = bound
     if np.sign(_slope(logits, labels, bound)) == -np.sign(slope):
+        from scipy.optimize import brentq  # half a second, which no other use waits for
+
         root = brentq(lambda log: _slope(logits, labels, np.exp(log)), 0.0, np.log(bound), xtol=1e-11, rtol=1e-11)
         temperature = float(np.exp(root))
     # T = 1 is kept where it is as good: the minimum is flat to rounding error there

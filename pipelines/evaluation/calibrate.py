@@ -13,7 +13,6 @@ from pipelines.evaluation.outcomes import Calibrator, PredictionSet, held_out_lo
 from pipelines.runs import column_groups, storage
 from pipelines.runs.errors import UserError
 from pipelines.runs.record import Run
-from pipelines.training.checkpoints import annotate_classifier, read_classifier
 
 METHODS = ("temperature", "meta_misclassification", "meta_accuracy")
 
@@ -85,6 +84,8 @@ def save_calibration(
     if checkpoint_digest(folder) != facts.get("checkpoint_digest"):
         return None
     fitted_on = {"run": fitted.run_uri, "predictions": fitted.name, "shards": list(fitted.shards)}
+    from pipelines.training.checkpoints import annotate_classifier  # torch
+
     annotate_classifier(folder, calibration={"name": method, **calibrator.to_dict(), "fitted_on": fitted_on})
     return folder
 
@@ -101,6 +102,8 @@ def calibrator_of(extra: dict[str, Any]) -> tuple[str | None, Calibrator | None]
 
 def checkpoint_digest(folder: str) -> str:
     """sha256 of a checkpoint's weights and of what they are built into; a calibration added later does not change it."""
+    from pipelines.training.checkpoints import read_classifier
+
     return classifier_digest(read_classifier(folder))
 
 

@@ -3,11 +3,9 @@
 import dataclasses
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from matplotlib.figure import Figure
-
-from pipelines.evaluation import detection, figures
+from pipelines.evaluation import detection
 from pipelines.evaluation.calibrate import (
     MetaTargets,
     applied_calibration,
@@ -20,6 +18,9 @@ from pipelines.evaluation.outcomes import Calibrator, PredictionSet, open_predic
 from pipelines.runs import column_groups, storage
 from pipelines.runs.errors import UserError
 from pipelines.runs.record import Run
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,8 +156,10 @@ def _add_trust(record: dict[str, Any], trusts: dict[str, Evaluation], watched: d
         record.setdefault(name, evaluation.record())
 
 
-def draw(answer: Answer) -> dict[str, Figure]:
+def draw(answer: Answer) -> dict[str, "Figure"]:
     """Reliability diagram and histogram of each set, histogram of each trust set, risk–coverage curves of all."""
+    from pipelines.evaluation import figures  # matplotlib
+
     drawn, curves = {}, {}
     for e in answer.found:
         msp, correct = e.figures["confidences"]["msp"], e.figures["correct"]
@@ -171,8 +174,10 @@ def draw(answer: Answer) -> dict[str, Figure]:
     return drawn
 
 
-def store_figures(run: Run, drawn: dict[str, Figure]) -> Sequence[str]:
+def store_figures(run: Run, drawn: dict[str, "Figure"]) -> Sequence[str]:
     """Write figures as PNG under RUN/evaluation/; their paths."""
+    from pipelines.evaluation import figures
+
     paths = []
     for name, figure in drawn.items():
         paths.append(run.path(EVALUATION, f"{name}.png"))

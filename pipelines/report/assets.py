@@ -3,7 +3,9 @@
 import base64
 import gzip
 import importlib.resources
+import importlib.util
 import json
+from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -31,3 +33,9 @@ def packed(script: str) -> str:
 def asset(name: str) -> str:
     """The text of a file of the template folder."""
     return importlib.resources.files(__package__).joinpath(TEMPLATE, name).read_text(encoding="utf-8")
+
+
+def plotly_script() -> str:
+    """Plotly's JavaScript, read from its package, whose Python side takes seconds to import."""
+    package = importlib.util.find_spec("plotly").submodule_search_locations[0]
+    return Path(package, "package_data", "plotly.min.js").read_text(encoding="utf-8")

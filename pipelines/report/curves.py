@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from scipy.stats import kendalltau, rankdata
 
 from ops.calibration import confidence_calibration_error, confidence_reliability_curve
 from ops.selective import aurc, risk_coverage_curve
@@ -116,6 +115,8 @@ def _rank_agreement(a: np.ndarray, b: np.ndarray) -> tuple[float | None, float |
     both = np.flatnonzero(np.isfinite(a) & np.isfinite(b))
     if len(both) < 3 or np.ptp(a[both]) == 0 or np.ptp(b[both]) == 0:
         return None, None
+    from scipy.stats import kendalltau, rankdata  # a second to import, which a report without a second score saves
+
     rho = np.corrcoef(rankdata(a[both]), rankdata(b[both]))[0, 1]
     some = both[:: -(-len(both) // KENDALL_ROWS)]
     return rounded(rho), rounded(kendalltau(a[some], b[some]).statistic)

@@ -7,10 +7,9 @@ from datetime import UTC, datetime
 from typing import Any
 
 from markupsafe import Markup, escape
-from plotly.offline import get_plotlyjs
 
 from pipelines.report import duplicates, evaluation, review_page, trusted, words
-from pipelines.report.assets import asset, environment, json_block, packed
+from pipelines.report.assets import asset, environment, json_block, packed, plotly_script
 from pipelines.report.data import collect
 from pipelines.report.scan import Limits
 from pipelines.runs import column_groups, columns, storage
@@ -124,7 +123,7 @@ def render(
         css=Markup(asset("page.css")),
         script=Markup(asset("page.js")),
         charts=Markup(asset("charts.js")),
-        plotly=packed(get_plotlyjs()),
+        plotly=packed(plotly_script()),
     )
 
 

@@ -6,7 +6,6 @@ OUT/curve.json         metrics of every epoch so far
 """
 
 import io
-import json
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -83,16 +82,3 @@ def read_state(uri: str) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-
-
-def read_json(uri: str) -> Any:
-    """A JSON file's content, None if there is none."""
-    try:
-        return json.loads(storage.read_bytes(uri))
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-
-
-def write_json(uri: str, value: Any) -> None:
-    """Write JSON, whole or not at all."""
-    storage.write_text_atomic(uri, json.dumps(value, indent=1, ensure_ascii=False) + "\n")

@@ -12,7 +12,7 @@ from pipelines.runs import storage
 from pipelines.runs.errors import UserError
 from pipelines.runs.nested import flatten
 from pipelines.runs.record import Run
-from pipelines.training.checkpoints import read_json, write_json
+from pipelines.training.documents import read_json, write_json
 from pipelines.training.loop import Plan
 
 PARTS = ("best", "last", "state.pt", "curve.json", "result.json", "train.json", ".ray")

@@ -20,8 +20,9 @@ from ops.models import Classifier, ClassifierSpec, Head, build_classifier
 from pipelines.runs import storage
 from pipelines.runs.errors import StageFailed, UserError
 from pipelines.training.assess import EvaluationSet, assess
-from pipelines.training.checkpoints import read_state, write_classifier, write_json, write_state
+from pipelines.training.checkpoints import read_state, write_classifier, write_state
 from pipelines.training.decode import Augmentation
+from pipelines.training.documents import write_json
 from pipelines.training.groups import Resampling
 from pipelines.training.ingest import CACHE_BYTES, WINDOW, Batch, Loader
 from pipelines.training.objective import Grouping, LossChoice, Objective, sum_over_ranks

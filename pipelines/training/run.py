@@ -14,7 +14,8 @@ import torch
 
 from pipelines.runs import cluster, storage
 from pipelines.runs.errors import StageFailed
-from pipelines.training.checkpoints import read_json, read_state
+from pipelines.training.checkpoints import read_state
+from pipelines.training.documents import read_json
 from pipelines.training.loop import Plan, Workplace, is_done, numbers_of, train_classifier
 
 MAX_FAILURES = 2  # of Ray Train's workers, where nothing else is asked for

@@ -9,7 +9,7 @@ from typing import Any
 from pipelines.runs import storage
 from pipelines.runs.errors import UserError
 from pipelines.runs.nested import flatten
-from pipelines.training.checkpoints import read_json
+from pipelines.training.documents import read_json
 
 METRICS = ("accuracy", "ece", "ece_mass", "nll", "worst_group_accuracy")
 SEED = "recipe.seed"
