@@ -14,5 +14,5 @@ def flatten(
             text = leaf(value)
             flat |= flatten(value, f"{prefix}{name}.", leaf) if text is None else {prefix + name: text}
         else:
-            flat[prefix + name] = value
+            flat[f"{prefix}{name}"] = value
     return flat
