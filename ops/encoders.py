@@ -96,7 +96,8 @@ class Encoder:
         Parameters
         ----------
         batch : tensor of shape (B, 3, image_size, image_size)
-            float32 from `prepare`, or uint8 from `resize` (normalised here, on its device).
+            float32 from `prepare`, or uint8 from `resize` (normalised here, on its device), in the memory format that the
+            module takes: `resize` gives channels-last.
         autocast : bool
             Compute in bfloat16 where torch's autocast does.
 

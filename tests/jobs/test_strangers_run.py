@@ -9,6 +9,7 @@ from jobs.embed import main as embed
 from jobs.fit import main as fit
 from jobs.inspect import main as inspect
 from jobs.plan import main as plan
+from jobs.score import main as score
 from tests.pipelines.synthetic import make_run
 
 CODE = """
@@ -46,7 +47,7 @@ def test_an_encoder_that_is_code_runs_only_if_it_is_named_again(theirs, tmp_path
 def test_json_that_is_not_ours_is_one_line_with_its_file(tmp_path, capsys, name, text):
     run = make_run(tmp_path, (20, 15))[0]
     (tmp_path / "run" / name).write_text(text)
-    for command in (inspect, fit):
+    for command in (inspect, fit if name == "run.json" else score):
         assert command(["--run", run.uri, "--mlflow", "none"]) == 2
         err = capsys.readouterr().err
         assert name in err and err.count("\n") == 1, json.dumps(err[:300])

@@ -331,10 +331,10 @@ def test_out_of_distribution_by_four_scores(predicted, tmp_path):
     values = np.concatenate([logits.max(axis=1), outside.astype(np.float32).max(axis=1)])
     expected = selective.detection_metrics(values, inside)
     np.testing.assert_allclose(list(found["max_logit"].values()), expected, rtol=1e-9)
-    table = joins.load(run.uri, ["difficulty.nearest_md", "difficulty.md_agn"])
-    ours = table["difficulty.nearest_md"].to_numpy() - table["difficulty.md_agn"].to_numpy()
-    theirs = fit.load_gaussians(run).class_distances(features).min(axis=1)
-    theirs = theirs - fit.load_gaussians(run).agnostic_distances(features)
+    # In-sample on both sides: the columns of difficulty/ leave each sample out.
+    gaussians = fit.load_gaussians(run)
+    own = columns.vectors(joins.load(run.uri, ["embeddings.embedding"])["embeddings.embedding"])
+    ours, theirs = (gaussians.class_distances(x).min(axis=1) - gaussians.agnostic_distances(x) for x in (own, features))
     expected = selective.detection_metrics(-np.concatenate([ours, theirs]), inside)
     np.testing.assert_allclose(found["rmd"]["auroc"], expected.auroc, rtol=1e-6)
 

@@ -128,10 +128,10 @@ def test_repeats(alone_s, workers, expected):
 def test_a_worker_alone(tmp_path):
     write_shards(tmp_path / "shards", (30,))
     config = CorpusConfig("pixels:4", "", width=16)
-    probe = Probe(config, Resources(batch_size=8))
-    found = probe.shard(0, expand_shards(str(tmp_path / "shards"))[0], str(tmp_path / "scratch"), 10.0)
+    probe = Probe(config, Resources(batch_size=8), str(tmp_path / "scratch"))
+    found = probe.shard(0, expand_shards(str(tmp_path / "shards"))[0])
     assert (found["samples"], found["left_out"]) == (30, 0)
     assert set(found["seconds"]) == set(STEPS)
     assert all(found["seconds"][step] > 0 for step in ("read", "decode", "model", "write"))
     assert probe.peak_bytes() > 100e6 and math.isfinite(probe.peak_bytes())
-    assert storage.exists(str(tmp_path / "scratch/.parts" / columns.EMBEDDINGS))
+    assert storage.exists(str(tmp_path / "scratch" / columns.EMBEDDINGS / "000000.parquet"))

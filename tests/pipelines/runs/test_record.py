@@ -119,7 +119,7 @@ def test_a_run_that_grows_under_a_running_command_loses_nothing(tmp_path):
     now = Run.open(str(tmp_path))
     assert (now.shards, now.classes, now.stage("trust/t")["rows"]) == (SHARDS, ["0", "1", "2"], 1)
     assert (now.record["precision"], now.record["verified"]) == ("bfloat16", {"0": 7})
-    with pytest.raises(ValueError, match=r"computed in bfloat16, this device computes in float32"):
+    with pytest.raises(ValueError, match=r"computed in bfloat16; these cannot be mixed"):
         grown.require_precision("float32")
 
 

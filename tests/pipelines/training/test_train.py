@@ -246,8 +246,8 @@ def test_bad_choices_are_found_before_any_work(plans, runs, tmp_path):
         "same encoder": {"eval_run": other},
         "^model ": {"choices": {"model": "resnet18"}},
         "^lr ": {"lr": 0.0},
-        "^upsample ": {"choices": {"sampler": "upsample"}},
-        "^weights ": {"loss": LossChoice("difficulty_entropy")},
+        "^sampler ": {"choices": {"sampler": "upsample"}},
+        "^weights": {"loss": LossChoice("difficulty_entropy")},
         "^holdout ": {"choices": {"holdout": 0.0}},
     }
     for message, values in bad.items():
