@@ -230,6 +230,8 @@ class SelectOptions(SubsetOptions):
 
     seed: int = 0
     """of --stratify and --random"""
+    labels: Literal["decided", "original"] = "decided"
+    """decided: the labels after hardset decide, without dropped samples; original: those of the corpus"""
 
     def __post_init__(self) -> None:
         super().__post_init__()

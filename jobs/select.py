@@ -17,7 +17,10 @@ def select(options: RunOptions, selection: SelectOptions) -> dict:
 
     run = Run.open(options.run)
     with tracked("select", options, selection) as tracker, ray_session(options):
-        result = {"run": run.uri, "select": stages.select(run, stages.rule(selection, selection.seed), selection)}
+        result = {
+            "run": run.uri,
+            "select": stages.select(run, stages.rule(selection, selection.seed, selection.labels), selection),
+        }
         tracker.metrics(result)
     return result
 

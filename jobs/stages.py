@@ -25,6 +25,7 @@ from pipelines.curation.workers import Resources
 from pipelines.neighbors import stage as finding
 from pipelines.runs import cluster, column_groups, columns, storage
 from pipelines.runs.errors import UserError, concerning
+from pipelines.runs.labels import Which
 from pipelines.runs.progress import bottleneck, duration
 from pipelines.runs.record import CorpusConfig, Run, Shard
 
@@ -352,7 +353,7 @@ def report(run: Run, tracker: Tracker, class_names: Sequence[str] = ()) -> dict[
     return entry
 
 
-def rule(options: SubsetOptions, seed: int) -> selecting.Rule:
+def rule(options: SubsetOptions, seed: int, labels: Which = "decided") -> selecting.Rule:
     """The rule that the options spell."""
     return selecting.Rule(
         options.by,
@@ -364,6 +365,7 @@ def rule(options: SubsetOptions, seed: int) -> selecting.Rule:
         tuple(options.exclude),
         options.random,
         seed,
+        labels,
     )
 
 

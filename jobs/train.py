@@ -64,6 +64,8 @@ class LearnOptions:
     """run over other shards to evaluate on (with embeddings: by the same encoder)"""
     subset: str | None = None
     """train on the samples of this subset of the run alone, made with hardset select"""
+    labels: Literal["decided", "original"] = "decided"
+    """decided: the labels after hardset decide, without dropped samples; original: those of the corpus"""
     holdout: float | None = None
     """fraction of the samples, in [0, 1), held out; they decide the best epoch (default: 0.1 without --eval-run, else 0)"""
     bins: str = "difficulty.rmd:q5"
@@ -247,6 +249,7 @@ def _choices(learn: LearnOptions, model: ModelOptions, argument: str | None) -> 
         dropout=model.dropout,
         standardize=not model.no_standardize,
         subset=learn.subset,
+        labels=learn.labels,
     )
 
 

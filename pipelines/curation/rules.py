@@ -19,7 +19,7 @@ from pipelines.curation import subsets
 from pipelines.curation.conditions import Condition, condition
 from pipelines.runs import column_groups, columns, joins
 from pipelines.runs.errors import UserError
-from pipelines.runs.labels import DECISION, is_dropped, label_sources
+from pipelines.runs.labels import DECISION, Which, is_dropped, label_sources
 from pipelines.runs.record import Run
 from pipelines.runs.tasks import in_order, merged_parts
 
@@ -50,6 +50,8 @@ class Rule:
         Drawn at random, not by the score.
     seed : int
         Of what is drawn at random.
+    labels : {"decided", "original"}
+        original: the labels of the corpus; nothing counts as dropped.
     """
 
     by: str
@@ -61,6 +63,7 @@ class Rule:
     exclude: tuple[str, ...] = ()
     random: bool = False
     seed: int = 0
+    labels: Which = "decided"
 
     def __post_init__(self) -> None:
         columns.split_name(self.by, "by")
@@ -91,6 +94,7 @@ class Rule:
         else:
             words += f" with the {'lowest' if self.lowest else 'highest'} {self.by}"
         words += f", where {self.where}" if self.where else ""
+        words += ", by the corpus's own labels" if self.labels == "original" else ""
         return words + (f", without {', '.join(self.exclude)}" if self.exclude else "")
 
     def told(self) -> dict[str, Any]:
@@ -158,7 +162,7 @@ class Pool:
         rule, names = self.rule, [self.rule.by]
         names += [rule.stratify[0]] if rule.stratify else []
         asked = self.condition.names if self.condition else ()
-        table = joins.join(self.run_uri, shard, dict.fromkeys([*names, *asked, DECISION]))
+        table = joins.join(self.run_uri, shard, dict.fromkeys([*names, *asked, DECISION]), rule.labels)
         labels, dropped = columns.labels_or_minus_one(table["label"]), is_dropped(table[DECISION])
         values = [_finite(table[name]) for name in names]
         scored = np.logical_and.reduce([np.isfinite(v) for v in values]) & ~dropped
@@ -200,7 +204,7 @@ def sources_of(run: Run, pool: Pool) -> dict[str, list[str]]:
     names = [rule.by, *([rule.stratify[0]] if rule.stratify else []), *(pool.condition.names if pool.condition else ())]
     groups = sorted({columns.split_name(name)[0] for name in names} - {columns.DECISIONS})
     found = {group: [f["source"] for f in column_groups.all_facts(run.uri, group, len(run.shards))] for group in groups}
-    found[columns.EMBEDDINGS] = label_sources(run, run.embedding_facts())
+    found[columns.EMBEDDINGS] = label_sources(run, run.embedding_facts(), rule.labels)
     others = {f"subsets/{name}": [subsets.check_subset(run, name, "exclude")["source"]] for name in rule.exclude}
     return found | others
 

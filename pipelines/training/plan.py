@@ -16,7 +16,7 @@ from pipelines.curation.subsets import check_subset
 from pipelines.runs import column_groups, columns
 from pipelines.runs.errors import UserError, concerning
 from pipelines.runs.executor import Output, Stage, Task, write_shards
-from pipelines.runs.labels import label_sources
+from pipelines.runs.labels import Which, label_sources
 from pipelines.runs.record import PRODUCTS, Run, fingerprint
 from pipelines.training.assess import EvaluationSet
 from pipelines.training.groups import GroupRule, Resampling
@@ -49,6 +49,8 @@ class Choices:
         run has no such column.
     subset : str or None
         Of the training run: what is trained on, and held out, are its samples alone.
+    labels : {"decided", "original"}
+        Of the training run.
     holdout : float or None
         Share of the samples that are not trained on but evaluated; None: 0.1 without an evaluation run, else 0.
     """
@@ -70,6 +72,7 @@ class Choices:
     dropout: float = 0.0
     standardize: bool = True
     subset: str | None = None
+    labels: Which = "decided"
 
 
 def plan_training(
@@ -98,6 +101,7 @@ def plan_training(
     source = Source.of(
         run, input=choices.input, columns=wanted, part="train" if holdout else "all", holdout=holdout,
         seed=recipe.seed, image_size=spec.image_size or 0, subset=choices.subset,
+        labels=choices.labels,
     )  # fmt: skip
     if choices.input == "images":
         _check_shards_unchanged(run)
@@ -313,7 +317,7 @@ def _lineage(
     subset: dict[str, Any] | None,
 ) -> dict[str, Any]:
     """What the classifier was made from; `source` is the hash that decides whether a training is the same one."""
-    sources = {columns.EMBEDDINGS: _sources(run, columns.EMBEDDINGS)}
+    sources = {columns.EMBEDDINGS: label_sources(run, run.embedding_facts(), choices.labels)}
     sources |= {name: _sources(run, columns.split_name(name)[0]) for name in wanted}
     evaluated = None if eval_run is None else (eval_run.uri, _sources(eval_run, columns.EMBEDDINGS))
     config = {
@@ -321,6 +325,8 @@ def _lineage(
         "recipe": _recipe_record(recipe),
         "choices": dataclasses.asdict(choices),
     }
+    if choices.labels == "decided":
+        del config["choices"]["labels"]
     if subset is None:
         del config["choices"]["subset"]  # as in the records of versions that knew none
     else:

@@ -7,7 +7,7 @@ import pyarrow as pa
 from ops.draws import uniform
 from pipelines.curation import subsets
 from pipelines.runs import joins
-from pipelines.runs.labels import DECISION, is_dropped
+from pipelines.runs.labels import DECISION, Which, is_dropped
 from pipelines.runs.record import Run, Shard
 
 
@@ -24,6 +24,7 @@ class Source:
         With `holdout` a fraction f > 0, a hash of (seed, shard, row) puts each sample into "holdout" with probability f.
     subset : str or None
         Only the samples of this subset of the run, by its manifest.
+    labels : {"decided", "original"}
     """
 
     run_uri: str
@@ -36,6 +37,7 @@ class Source:
     image_size: int = 0
     max_pixels: int = 100_000_000
     subset: str | None = None
+    labels: Which = "decided"
 
     @classmethod
     def of(cls, run: Run, **values: object) -> "Source":
@@ -49,7 +51,7 @@ class Source:
 
     def keys(self, shard: int) -> pa.Table:
         """key, shard, row, label and the columns of a shard's samples, in shard order. Reads no vectors, no images."""
-        table = joins.join(self.run_uri, shard, [*self.columns, DECISION])
+        table = joins.join(self.run_uri, shard, [*self.columns, DECISION], self.labels)
         keep = table["label"].is_valid().to_numpy(zero_copy_only=False) & ~is_dropped(table[DECISION])
         if self.subset is not None:
             keep &= subsets.holds(table, self.run_uri, self.subset, shard)

@@ -123,6 +123,18 @@ def test_a_subset_holds_the_decided_label_and_keeps_the_other_beside_it(decided)
     assert "people decided on 2 samples" in card
 
 
+def test_the_original_labels_can_be_looked_at(decided):
+    run, labels, _ = decided
+    assert fit(run, labels="original")["labels"] == "original"
+    score(run, Weighting(), labels="original")
+    entry = select(run, Rule("difficulty.rmd", 1.0, labels="original"), "all")
+    manifest = pq.read_table(f"{entry['path']}/manifest.parquet")
+    assert manifest["label"].to_pylist() == labels.tolist()
+    assert manifest["original_label"].null_count == 100
+    tables = [Source.of(run, input="embeddings", labels="original").keys(shard) for shard in range(3)]
+    assert [label for table in tables for label in table["label"].to_pylist()] == labels.tolist()
+
+
 def test_training_samples_have_the_decided_label(decided):
     run, _, new = decided
     source = Source.of(run, input="embeddings")
