@@ -62,7 +62,8 @@ def _here(
         spent += last
         yield result
         left = float("inf") if total is None else last * (total - done)
-        if spent >= TRIAL_S and left > limit:
+        # The first item also pays for imports and cold files: by itself it says nothing of the others' pace.
+        if (done > 1 or last > limit) and spent >= TRIAL_S and left > limit:
             return
 
 

@@ -48,7 +48,7 @@ def test_what_would_take_long_or_belongs_to_a_cluster_goes_to_ray(cpus):
     """
     *before, last = output_of(code).splitlines()
     assert last == "Ray was started"
-    assert before == ([] if cpus == "None" else ["0"])
+    assert before == ([] if cpus == "None" else ["0", "2"])
 
 
 def test_no_item_needs_no_cluster():
